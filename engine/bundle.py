@@ -1,0 +1,222 @@
+"""The bundle: a folder with everything that the runtime needs of a model, verified when opened.
+
+Written by `build_engines.py` (trainer/export.py); its layout is docs/bundle.md.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from jaxtyping import Float32
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from engine.errors import BundleError
+from engine.files import sha256_of_file
+from engine.samplers import SamplerTable, read_sampler_tables
+from engine.sessions import OnnxSession
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+TOKENIZER = "tokenizer.json"
+TOKEN_EMBEDDING = "token_embedding.safetensors"
+SAMPLERS = "samplers.safetensors"
+LATENT_RGB = "latent_rgb.safetensors"
+COMPONENTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """What the prompt reader must know of the text encoder."""
+
+    max_tokens: int  # positions of the encoder, BOS and EOS included (77 in CLIP)
+    dim: int  # width of the token embeddings: what a concept's vectors must have
+    output_dim: int  # width of prompt_embeds
+    vocab_size: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    embedding_fingerprint: str  # SHA-256 of the token-embedding table, float32, row-major
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """What the pipeline must know of the autoencoder and the denoiser."""
+
+    channels: int
+    scale_factor: int  # pixels per latent, each way
+    size_multiple: int  # width and height in pixels must be multiples of this
+    default_size: int  # pixels; what the model was trained at
+    scaling_factor: float  # denoiser latents = (vae latents - shift_factor) * scaling_factor
+    shift_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One input or output of a graph. A string in `shape` names a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSpec:
+    """One graph of the bundle."""
+
+    file: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """`bundle.json`, field for field."""
+
+    format_version: int
+    family: str  # "stable-diffusion"
+    model_name: str  # last part of the folder or the hub id
+    precision: str  # "fp32" or "fp16": the dtype inside the graphs
+    prediction_type: str  # "epsilon" or "v_prediction"
+    scheduler_config: dict[str, Any]
+    text: TextSpec
+    latents: LatentSpec
+    components: dict[str, ComponentSpec]
+    files: dict[str, str]  # every other file of the bundle -> SHA-256
+    build_key: str  # SHA-256 of all that went into the build
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str) -> Self:
+        """Parse a manifest; errors name `source` and what is wrong with it."""
+        try:
+            fields = json.loads(text)
+            version = fields.get("format_version")
+            if version != FORMAT_VERSION:
+                raise BundleError(
+                    f"{source} has format_version {version}, this version reads {FORMAT_VERSION}; "
+                    "build the bundle again with build_engines.py"
+                )
+            fields["text"] = _strict(TextSpec, fields["text"])
+            fields["latents"] = _strict(LatentSpec, fields["latents"])
+            fields["components"] = {
+                name: _component(spec) for name, spec in fields["components"].items()
+            }
+            return _strict(cls, fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{source} is not a bundle manifest: {error}") from error
+
+
+_T = TypeVar("_T")
+
+
+def _strict(kind: type[_T], fields: Mapping[str, Any]) -> _T:
+    return kind(**fields)
+
+
+def _component(fields: Mapping[str, Any]) -> ComponentSpec:
+    tensors = {
+        side: [_strict(TensorSpec, spec) for spec in fields[side]] for side in ("inputs", "outputs")
+    }
+    return _strict(ComponentSpec, {**fields, **tensors})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A verified bundle: manifest and small tables in memory, graphs to be loaded on demand."""
+
+    path: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    token_embedding: Float32[np.ndarray, "vocab_size dim"]
+    sampler_tables: dict[str, SamplerTable]
+    latent_rgb: Float32[np.ndarray, "channels_plus_1 3"]  # last row: the bias; RGB in [-1, 1]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read and verify a bundle: every file against its hash, every shape against the manifest.
+
+        Raises `BundleError` that names the file, what was found and what was expected.
+        """
+        manifest = read_manifest(path)
+        _verify_hashes(path, manifest)
+        bundle = cls(
+            path=path,
+            manifest=manifest,
+            tokenizer=Tokenizer.from_file(str(path / TOKENIZER)),
+            token_embedding=_read_tensor(path / TOKEN_EMBEDDING, "token_embedding"),
+            sampler_tables=read_sampler_tables(path / SAMPLERS),
+            latent_rgb=_read_tensor(path / LATENT_RGB, "latent_rgb"),
+        )
+        bundle._verify_shapes()
+        return bundle
+
+    def open_session(
+        self, component: str, *, execution_provider: str = "CPUExecutionProvider"
+    ) -> OnnxSession:
+        """Load one graph and check its inputs against the manifest."""
+        spec = self.manifest.components[component]
+        session = OnnxSession(self.path / spec.file, execution_provider=execution_provider)
+        expected = {tensor.name: tensor.shape for tensor in spec.inputs}
+        if session.input_shapes != expected:
+            raise BundleError(
+                f"{spec.file} takes {session.input_shapes}, the manifest says {expected}"
+            )
+        return session
+
+    def _verify_shapes(self) -> None:
+        text, latents = self.manifest.text, self.manifest.latents
+        expected = {
+            "token_embedding": (self.token_embedding.shape, (text.vocab_size, text.dim)),
+            "latent_rgb": (self.latent_rgb.shape, (latents.channels + 1, 3)),
+            "tokenizer": ((self.tokenizer.get_vocab_size(),), (text.vocab_size,)),
+        }
+        for name, (found, wanted) in expected.items():
+            if tuple(found) != wanted:
+                raise BundleError(f"{self.path / name} has shape {found}, manifest says {wanted}")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read `bundle.json` alone."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise BundleError(
+            f"no bundle at {path}: {MANIFEST} is missing; make one with "
+            "`python build_engines.py --model MODEL --output BUNDLE`"
+        )
+    return Manifest.from_json(file.read_text(encoding="utf-8", errors="replace"), source=str(file))
+
+
+def _verify_hashes(path: Path, manifest: Manifest) -> None:
+    required = {TOKENIZER, TOKEN_EMBEDDING, SAMPLERS, LATENT_RGB}
+    required |= {spec.file for spec in manifest.components.values()}
+    if unlisted := (required - manifest.files.keys()) | (
+        set(COMPONENTS) - manifest.components.keys()
+    ):
+        raise BundleError(f"{path / MANIFEST} does not list {', '.join(sorted(unlisted))}")
+    for name, expected in manifest.files.items():
+        file = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise BundleError(f"{path / MANIFEST} names a file outside the bundle: {name!r}")
+        if not file.is_file():
+            raise BundleError(f"{file} is missing; build the bundle again")
+        if (found := sha256_of_file(file)) != expected:
+            raise BundleError(
+                f"{file} is corrupted: SHA-256 {found[:12]}..., the manifest says "
+                f"{expected[:12]}...; build the bundle again"
+            )
+
+
+def _read_tensor(path: Path, name: str) -> Float32[np.ndarray, "rows columns"]:
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return file.get_tensor(name)
+    except SafetensorError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,266 @@
+"""Concepts: learned pseudo-words as files and as checked values.
+
+Own format: one safetensors file with the tensor `text_encoder` [num_vectors, dim] and, as metadata,
+the placeholder token, the embedding fingerprint of the model it was learned on, and how it was
+learned. Keys of ModelSpec 1.0.1 are written beside ours for other tools to read.
+
+Also read and written: diffusers' `learned_embeds.safetensors` (one tensor whose key is the token).
+Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from engine.bundle import TextSpec
+from engine.errors import ConceptMismatch, ConceptUnreadable, InvalidRequest
+from engine.files import write_atomically
+
+FORMAT = "oneword-concept/1"
+TENSOR_NAME = "text_encoder"
+MAX_FILE_BYTES = 4 << 20
+MAX_NUM_VECTORS = 75
+MAX_DIM = 8192
+MAX_PLACEHOLDER_LENGTH = 64
+# What kohya and OneTrainer call the only tensor of a file; taken for a token, it would do nothing.
+_KEYS_WITHOUT_A_NAME = ("emb_params", "emp_params")
+FileFormat = Literal["oneword", "diffusers"]
+
+# Characters that the prompt syntax uses, plus white space and control characters.
+_FORBIDDEN_IN_PLACEHOLDER = re.compile(
+    r"[\s\\()\[\]:,\x00-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Concept:
+    """A learned pseudo-word: what the trainer writes and the engine serves."""
+
+    placeholder_token: str  # "<cat-toy>"
+    learned_embeddings: Float32[np.ndarray, "num_vectors dim"]
+    embedding_fingerprint: str = ""  # "" where the origin does not say
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_placeholder_token(self.placeholder_token)
+        _check_vectors(self.placeholder_token, self.learned_embeddings)
+
+    @property
+    def num_vectors(self) -> int:
+        return self.learned_embeddings.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self.learned_embeddings.shape[1]
+
+    @property
+    def concept_id(self) -> str:
+        """SHA-256 of shape and vectors (float32, little-endian, row-major), as hex."""
+        return vectors_digest(self.learned_embeddings)
+
+
+def vectors_digest(vectors: Float32[np.ndarray, "num_vectors dim"]) -> str:
+    """The identity of a concept: the SHA-256 of its shape and bytes."""
+    digest = hashlib.sha256(struct.pack("<qq", *vectors.shape))
+    digest.update(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+def check_placeholder_token(token: str) -> None:
+    """Refuse tokens that the prompt syntax, a log line or a reader could mistake."""
+    if not 1 <= len(token) <= MAX_PLACEHOLDER_LENGTH:
+        raise ConceptUnreadable(
+            f"placeholder token must have 1 to {MAX_PLACEHOLDER_LENGTH} characters, "
+            f"got {len(token)}",
+            field="placeholder_token",
+        )
+    if found := _FORBIDDEN_IN_PLACEHOLDER.search(token):
+        raise ConceptUnreadable(
+            f"placeholder token {token!r} contains {found.group()!r}; white space, control "
+            "characters and \\ ( ) [ ] : , are not allowed; choose a name such as <cat-toy>",
+            field="placeholder_token",
+        )
+
+
+def _check_vectors(token: str, vectors: Float32[np.ndarray, "num_vectors dim"]) -> None:
+    num_vectors, dim = vectors.shape
+    if not 1 <= num_vectors <= MAX_NUM_VECTORS or not 1 <= dim <= MAX_DIM:
+        raise ConceptUnreadable(
+            f"concept {token!r} has {num_vectors} vectors of width {dim}; "
+            f"allowed are 1 to {MAX_NUM_VECTORS} vectors of width 1 to {MAX_DIM}"
+        )
+    if not np.isfinite(vectors).all():
+        raise ConceptUnreadable(
+            f"concept {token!r} contains NaN or infinite values; learn or export it again"
+        )
+
+
+def check_fits(concept: Concept, text: TextSpec, *, model_name: str) -> None:
+    """Raise `ConceptMismatch` unless the concept was learned on this text encoder.
+
+    A fingerprint that is absent (files of other tools have none) leaves the width to decide.
+    """
+    if concept.dim != text.dim:
+        raise ConceptMismatch(
+            f"concept {concept.placeholder_token!r} has vectors of width {concept.dim}, "
+            f"model {model_name!r} wants {text.dim}; use a concept learned on this model"
+        )
+    fingerprint = concept.embedding_fingerprint
+    if fingerprint and fingerprint != text.embedding_fingerprint:
+        raise ConceptMismatch(
+            f"concept {concept.placeholder_token!r} was learned on a text encoder with fingerprint "
+            f"{fingerprint[:12]}..., model {model_name!r} has "
+            f"{text.embedding_fingerprint[:12]}...; use a concept learned on this model"
+        )
+    if concept.num_vectors > text.max_tokens - 2:
+        raise ConceptMismatch(
+            f"concept {concept.placeholder_token!r} has {concept.num_vectors} vectors, the text "
+            f"encoder of model {model_name!r} has room for {text.max_tokens - 2} in a chunk"
+        )
+
+
+def read_concept(path: Path, *, placeholder_token: str | None = None) -> Concept:
+    """Read a concept file in any of the formats known; see `concept_from_bytes`."""
+    try:
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= MAX_FILE_BYTES else b""
+    except OSError as error:
+        raise ConceptUnreadable(f"{path} cannot be read: {error.strerror}") from error
+    if size > MAX_FILE_BYTES:
+        raise ConceptUnreadable(
+            f"{path} has {size} bytes, a concept file has at most {MAX_FILE_BYTES}; "
+            "is it a whole model?"
+        )
+    return concept_from_bytes(content, source=str(path), placeholder_token=placeholder_token)
+
+
+def concept_from_bytes(
+    content: bytes, *, source: str, placeholder_token: str | None = None
+) -> Concept:
+    """Read a concept from the bytes of a file; the content decides, never a file's suffix.
+
+    `placeholder_token` renames the concept. Raises `ConceptUnreadable` that names `source`.
+    """
+    if len(content) > MAX_FILE_BYTES:
+        raise ConceptUnreadable(
+            f"{source} has {len(content)} bytes, a concept file has at most {MAX_FILE_BYTES}"
+        )
+    _refuse_pickle(content, source)
+    try:
+        tensors = load_safetensors(content)
+        metadata = _read_metadata(content)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ConceptUnreadable(
+            f"{source} is not a safetensors file or is truncated: {error}"
+        ) from error
+    if metadata.get("format") == FORMAT:
+        return _from_own_format(tensors, metadata, source, placeholder_token)
+    return _from_diffusers(tensors, source, placeholder_token)
+
+
+def _refuse_pickle(content: bytes, source: str) -> None:
+    # A zip archive (torch.save) or a bare pickle of protocol 2 and later.
+    if content[:2] == b"PK" or (content[:1] == b"\x80" and content[1:2] in b"\x02\x03\x04\x05"):
+        raise ConceptUnreadable(
+            f"{source} is a pickle, whatever its name; pickles can run code and are never loaded; "
+            "convert it to safetensors where it came from"
+        )
+
+
+def _read_metadata(content: bytes) -> dict[str, str]:
+    (header_length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + header_length]).get("__metadata__", {})
+
+
+def _from_own_format(
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    source: str,
+    placeholder_token: str | None,
+) -> Concept:
+    if set(tensors) != {TENSOR_NAME}:
+        raise ConceptUnreadable(
+            f"{source} holds the tensors {sorted(tensors)[:5]}, expected [{TENSOR_NAME!r}]"
+        )
+    known = {"format", "placeholder_token", "embedding_fingerprint"}
+    rest = {k: v for k, v in metadata.items() if k not in known and not k.startswith("modelspec.")}
+    return Concept(
+        placeholder_token=placeholder_token or metadata.get("placeholder_token", ""),
+        learned_embeddings=_as_vectors(tensors[TENSOR_NAME], source),
+        embedding_fingerprint=metadata.get("embedding_fingerprint", ""),
+        metadata=rest,
+    )
+
+
+def _from_diffusers(
+    tensors: Mapping[str, np.ndarray], source: str, placeholder_token: str | None
+) -> Concept:
+    """One tensor [dim] or [num_vectors, dim] whose key is the token, as diffusers'
+    `textual_inversion.py` saves it."""
+    if len(tensors) != 1:
+        raise ConceptUnreadable(
+            f"{source} holds {len(tensors)} tensors, a diffusers concept holds one named after its "
+            "placeholder token"
+        )
+    ((token, vectors),) = tensors.items()
+    if token in _KEYS_WITHOUT_A_NAME and not placeholder_token:
+        raise ConceptUnreadable(
+            f"{source} does not say its placeholder token (its key is {token!r}); name one, for "
+            "instance --placeholder-token '<cat-toy>'",
+            field="placeholder_token",
+        )
+    return Concept(
+        placeholder_token=placeholder_token or token,
+        learned_embeddings=_as_vectors(vectors, source),
+    )
+
+
+def _as_vectors(array: np.ndarray, source: str) -> Float32[np.ndarray, "num_vectors dim"]:
+    if array.ndim not in (1, 2) or array.dtype.kind != "f":
+        raise ConceptUnreadable(
+            f"{source} holds a {array.dtype} tensor of shape {list(array.shape)}, expected "
+            "floating point of shape [num_vectors, dim]"
+        )
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused as such
+        return np.atleast_2d(array).astype(np.float32)
+
+
+def concept_to_bytes(concept: Concept, file_format: FileFormat = "oneword") -> bytes:
+    """The bytes of a concept file. `diffusers` keeps token and vectors only."""
+    vectors = np.ascontiguousarray(concept.learned_embeddings)
+    if file_format == "diffusers":
+        return save_safetensors({concept.placeholder_token: vectors})
+    return save_safetensors({TENSOR_NAME: vectors}, metadata=_metadata_of(concept))
+
+
+def _metadata_of(concept: Concept) -> dict[str, str]:
+    return {
+        **concept.metadata,
+        "format": FORMAT,
+        "placeholder_token": concept.placeholder_token,
+        "embedding_fingerprint": concept.embedding_fingerprint,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/textual-inversion",
+        "modelspec.implementation": "https://arxiv.org/abs/2208.01618",
+        "modelspec.title": concept.placeholder_token,
+        "modelspec.trigger_phrase": concept.placeholder_token,
+        "modelspec.hash_sha256": f"0x{concept.concept_id}",
+    }
+
+
+def write_concept(concept: Concept, path: Path, file_format: FileFormat = "oneword") -> None:
+    """Write a concept file, whole or not at all."""
+    if file_format not in ("oneword", "diffusers"):
+        raise InvalidRequest(f"unknown format {file_format!r}; known: oneword, diffusers")
+    write_atomically(path, concept_to_bytes(concept, file_format))

@@ -1,0 +1,88 @@
+"""Every error that the runtime can raise on purpose.
+
+    EngineError
+    |-- InvalidRequest          the caller can mend the request
+    |   |-- ConceptUnreadable   a concept file or its vectors cannot be used at all
+    |   `-- PromptTooLong       the prompt needs more chunks than the server allows
+    |-- UnknownConcept          a name that no stored or inline concept has
+    |-- ConceptExists           the placeholder is taken by other vectors
+    |-- ConceptMismatch         a sound concept that belongs to another model
+    |-- QueueFull               no room: try again later
+    |-- DeadlineExceeded        the caller's deadline has passed
+    |-- Cancelled               the caller went away
+    |-- ShuttingDown            the server is draining
+    |-- NumericalError          the model produced NaN or infinite values
+    |-- BundleError             the bundle on disk is missing, broken, or of another version
+    `-- ProviderUnavailable     the backend that was asked for cannot be had
+
+Each message gives the value, the limit and the remedy. `engine.service.STATUS` maps every class
+to a gRPC status; a test asserts that none is missing.
+"""
+
+
+class EngineError(Exception):
+    """Base of all errors of the runtime."""
+
+
+class InvalidRequest(EngineError):
+    """The request cannot be served as it is; `field` names the part to mend."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ConceptUnreadable(InvalidRequest):
+    """The bytes given as a concept are not a concept."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt is longer than the limits of the server."""
+
+
+class UnknownConcept(EngineError):
+    """A concept was named that is neither stored nor sent along."""
+
+    def __init__(self, message: str, *, placeholder_token: str = "") -> None:
+        super().__init__(message)
+        self.placeholder_token = placeholder_token
+
+
+class ConceptExists(EngineError):
+    """The placeholder token is taken by a concept with other vectors."""
+
+
+class ConceptMismatch(EngineError):
+    """The concept was learned for another text encoder."""
+
+
+class QueueFull(EngineError):
+    """The bounded queue has no room; `retry_after_s` is when it may have."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(EngineError):
+    """The deadline passed before the images were done."""
+
+
+class Cancelled(EngineError):
+    """The caller cancelled the request."""
+
+
+class ShuttingDown(EngineError):
+    """The server is draining and takes no new work."""
+
+
+class NumericalError(EngineError):
+    """The model's output is not finite: a half-precision overflow, or a broken concept."""
+
+
+class BundleError(EngineError):
+    """The bundle cannot be opened; the message names both sides of the mismatch."""
+
+
+class ProviderUnavailable(EngineError):
+    """The execution provider that was asked for is not there; there is no quiet fall-back."""

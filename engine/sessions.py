@@ -1,0 +1,107 @@
+"""Loaded models behind one small protocol. The only file that imports onnxruntime."""
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.errors import BundleError, ProviderUnavailable
+
+Array = np.ndarray[Any, Any]
+Feeds = Mapping[str, Array]
+
+
+class Session(Protocol):
+    """A loaded graph. Everything above this line sees nothing else of a backend."""
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run the graph once; arrays are cast to the dtypes of the graph's inputs."""
+        ...
+
+
+_ORT_DTYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+}
+
+
+def check_onnxruntime_install() -> None:
+    """Refuse an environment where onnxruntime is missing or installed twice.
+
+    `onnxruntime` and `onnxruntime-gpu` write into the same folder; whichever came last wins and the
+    other one's libraries are silently gone.
+    """
+    installed = [
+        name
+        for name in ("onnxruntime", "onnxruntime-gpu")
+        if any(True for _ in importlib.metadata.distributions(name=name))
+    ]
+    if not installed:
+        raise ProviderUnavailable(
+            "ONNX Runtime is not installed; install oneword[cpu], or oneword[gpu] for NVIDIA GPUs"
+        )
+    if len(installed) > 1:
+        raise ProviderUnavailable(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
+            "uninstall both, then install oneword[cpu] or oneword[gpu]"
+        )
+
+
+class OnnxSession:
+    """An ONNX Runtime session on exactly the execution provider that was asked for."""
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        execution_provider: str = "CPUExecutionProvider",
+        num_threads: int | None = None,
+    ) -> None:
+        check_onnxruntime_install()
+        import onnxruntime as ort
+
+        available = ort.get_available_providers()
+        if execution_provider not in available:
+            raise ProviderUnavailable(
+                f"asked for {execution_provider}, this ONNX Runtime has {', '.join(available)}"
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = num_threads or usable_cores()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(
+                str(model_path), options, providers=[execution_provider]
+            )
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes of its own
+            raise BundleError(f"{model_path.name} cannot be loaded: {error}") from error
+        if execution_provider not in self._session.get_providers():
+            raise ProviderUnavailable(
+                f"asked for {execution_provider}, got {self._session.get_providers()}"
+            )
+        self._dtypes = {i.name: _ORT_DTYPES[i.type] for i in self._session.get_inputs()}
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    @property
+    def input_shapes(self) -> dict[str, list[int | str]]:
+        """Shapes as the graph declares them; a name stands for a dynamic axis."""
+        return {i.name: list(i.shape) for i in self._session.get_inputs()}
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        inputs = {
+            name: np.ascontiguousarray(array, dtype=self._dtypes[name])
+            for name, array in feeds.items()
+        }
+        outputs = self._session.run(self._outputs, inputs)
+        return {n: np.asarray(o) for n, o in zip(self._outputs, outputs, strict=True)}
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: what a container or taskset leaves it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,242 @@
+"""Reading a Stable Diffusion 1.x/2.x model: a diffusers folder or a hub id, in parts."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from jaxtyping import Float32
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+SUPPORTED = "supported: Stable Diffusion 1.x and 2.x (one CLIP text encoder, UNet, AutoencoderKL)"
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+_TEXT_ENCODERS = {
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# UNet options that make it want an input which Stable Diffusion 1.x/2.x does not have.
+_UNET_EXTRA_INPUTS = (
+    "class_embed_type",
+    "num_class_embeds",
+    "addition_embed_type",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+)
+
+
+class ModelError(Exception):
+    """The model is missing, unreadable, or of a family that is not supported; says which."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffusionModel:
+    """The parts of a latent diffusion model, frozen and in eval mode."""
+
+    name: str  # last part of the folder or the hub id
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler_config: dict[str, Any]  # as StableDiffusionPipeline would use it
+    token_embedding: Float32[Tensor, "vocab_size dim"]
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions of the text encoder, BOS and EOS included."""
+        return int(self.text_encoder.config.max_position_embeddings)
+
+    @property
+    def prediction_type(self) -> str:
+        return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels per latent, each way."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        """Denoiser latents = (VAE latents - shift_factor) * scaling_factor."""
+        return float(self.vae.config["scaling_factor"])
+
+    @property
+    def shift_factor(self) -> float:
+        return float(self.vae.config.get("shift_factor") or 0.0)
+
+
+def load_model(
+    model: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> DiffusionModel:
+    """Load a diffusers folder or hub id, in `dtype`, without safety checker; safetensors only.
+
+    Weights are read from the plain files, or from the `fp16` variant where those are missing.
+    `token_embedding` stays float32 in any case: it is what concepts are measured against.
+    Raises `ModelError` for a model that is missing, broken or not supported.
+    """
+    source = _source(model)
+    text_encoder_class = _check_index(source, _load_config(DiffusionPipeline, source, revision))
+    _check_unet(source, revision)
+    scheduler_config = _scheduler_config(source, revision)
+
+    def part(loader: Callable[..., _T], name: str, **options: Any) -> _T:
+        return _load_part(loader, source, name, revision=revision, **options)
+
+    text_encoder = part(text_encoder_class.from_pretrained, "text_encoder", dtype=torch.float32)
+    token_embedding = text_encoder.get_input_embeddings().weight.detach().clone()
+    loaded = DiffusionModel(
+        name=Path(source).name,
+        tokenizer=_load_tokenizer(source, revision),
+        text_encoder=text_encoder.to(dtype).requires_grad_(False).eval(),
+        unet=part(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=dtype)
+        .requires_grad_(False)
+        .eval(),
+        vae=part(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype)
+        .requires_grad_(False)
+        .eval(),
+        scheduler_config=scheduler_config,
+        token_embedding=token_embedding,
+    )
+    _check_fit(loaded)
+    return loaded
+
+
+_T = TypeVar("_T")
+
+
+def _source(model: str | Path) -> str:
+    """The folder (resolved, so that `.` has a name) or hub id; anything else is an error."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(
+                f"{folder} is not a diffusers model: it has no model_index.json; "
+                "save one with `pipeline.save_pretrained(folder)`"
+            )
+        return str(folder.resolve())
+    if folder.is_file():
+        raise ModelError(
+            f"{folder} is a file; convert it to a diffusers folder with "
+            "`StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)`"
+        )
+    if not _HUB_ID.fullmatch(str(model)):
+        raise ModelError(f"no such folder: {folder} (and it cannot be a hub id, OWNER/NAME)")
+    return str(model)
+
+
+def _load_config(
+    loader: Any, source: str, revision: str | None, **options: Any
+) -> Mapping[str, Any]:
+    try:
+        return loader.load_config(source, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        where = " ".join([options.get("subfolder", ""), "config of"]).strip()
+        raise ModelError(f"cannot read the {where} {source!r}: {_first_line(error)}") from error
+
+
+def _check_index(source: str, index: Mapping[str, Any]) -> Any:
+    """The class of the text encoder, if every part is of a class that this package knows."""
+    found = {
+        name: part[1]
+        for name, part in index.items()
+        if isinstance(part, list | tuple) and len(part) == 2 and part[1]
+    }
+    wanted = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    wrong = [
+        f"{name} {found.get(name, 'is missing')}"
+        for name, kind in wanted.items()
+        if found.get(name) != kind
+    ]
+    if found.get("text_encoder") not in _TEXT_ENCODERS:
+        wrong.append(f"text_encoder {found.get('text_encoder', 'is missing')}")
+    wrong += [
+        f"{name} {found[name]}" for name in ("text_encoder_2", "transformer") if name in found
+    ]
+    if wrong:
+        raise ModelError(
+            f"{source} is a {index.get('_class_name', 'model of unknown class')} "
+            f"({', '.join(wrong)}); {SUPPORTED}"
+        )
+    return _TEXT_ENCODERS[found["text_encoder"]]
+
+
+def _check_unet(source: str, revision: str | None) -> None:
+    """Refuse UNets that want more than latents, timestep and prompt, before reading any weights."""
+    unet = _load_config(UNet2DConditionModel, source, revision, subfolder="unet")
+    extra = [f"{name}={unet[name]!r}" for name in _UNET_EXTRA_INPUTS if unet.get(name) is not None]
+    if extra:
+        raise ModelError(f"{source}: the UNet has {', '.join(extra)}; {SUPPORTED}")
+    channels = (unet.get("in_channels"), unet.get("out_channels"))
+    vae = _load_config(AutoencoderKL, source, revision, subfolder="vae")
+    if channels != (vae.get("latent_channels"),) * 2:
+        raise ModelError(
+            f"{source}: the UNet takes {channels[0]} channels and gives {channels[1]}, the VAE's "
+            f"latents have {vae.get('latent_channels')} (inpainting and depth models take more); "
+            f"{SUPPORTED}"
+        )
+
+
+def _scheduler_config(source: str, revision: str | None) -> dict[str, Any]:
+    """The scheduler's config, with the two corrections that StableDiffusionPipeline makes to it."""
+    config = dict(_load_config(DDIMScheduler, source, revision, subfolder="scheduler"))
+    if "steps_offset" in config:
+        config["steps_offset"] = 1
+    if "clip_sample" in config:
+        config["clip_sample"] = False
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ModelError(
+            f"{source}: the scheduler has prediction_type {prediction_type!r}; "
+            f"supported: {', '.join(PREDICTION_TYPES)}"
+        )
+    return config
+
+
+def _load_tokenizer(source: str, revision: str | None) -> CLIPTokenizer:
+    options: dict[str, Any] = {"subfolder": "tokenizer", "revision": revision}
+    try:
+        return CLIPTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise ModelError(f"{source}: cannot read the tokenizer: {_first_line(error)}") from error
+
+
+def _load_part(loader: Callable[..., _T], source: str, name: str, **options: Any) -> _T:
+    """`from_pretrained` of one part: the plain weights, or where there are none the fp16 ones."""
+    failures: list[Exception] = []
+    for variant in (None, "fp16"):
+        try:
+            return loader(source, subfolder=name, variant=variant, use_safetensors=True, **options)
+        except Exception as error:  # OSError if absent; safetensors and torch have their own
+            failures.append(error)
+    raise ModelError(
+        f"{source}: cannot read the weights of {name}: {_first_line(failures[0])} "
+        "(only .safetensors files are read)"
+    ) from failures[0]
+
+
+def _check_fit(model: DiffusionModel) -> None:
+    """Refuse parts that do not belong together."""
+    rows, dim = model.token_embedding.shape
+    if len(model.tokenizer) != rows:
+        raise ModelError(
+            f"{model.name}: the tokenizer has {len(model.tokenizer)} tokens, "
+            f"the text encoder's embedding has {rows} rows"
+        )
+    cross_attention_dim = model.unet.config["cross_attention_dim"]
+    if cross_attention_dim != dim:
+        raise ModelError(
+            f"{model.name}: the UNet wants prompt embeddings of width {cross_attention_dim}, "
+            f"the text encoder gives {dim}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
