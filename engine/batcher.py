@@ -249,7 +249,7 @@ class Batcher:
             self._tick_guarded()
             elapsed = time.monotonic() - started
             self._step_s = elapsed if not self._step_s else 0.9 * self._step_s + 0.1 * elapsed
-        self._drop(lambda _job: ShuttingDown("the server shut down before the images were done"))
+        self._fail_all(ShuttingDown("the server shut down before the images were done"))
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -260,9 +260,9 @@ class Batcher:
     def _tick_guarded(self) -> None:
         try:
             self._tick()
-        except Exception:  # a bug of ours must not take the worker with it
+        except Exception as error:  # a bug of ours must not take the worker with it
             logger.exception("the batcher failed; its requests are dropped")
-            self._drop(lambda _job: error)
+            self._fail_all(error)
 
     def _tick(self) -> None:
         self._drop(lambda job: job.reason_to_drop(time.monotonic()))
@@ -286,6 +286,9 @@ class Batcher:
                     job.fail(error)
             self._queue = deque(job for job in self._queue if not job.closed)
             self._slots = [slot for slot in self._slots if not slot.job.closed]
+
+    def _fail_all(self, error: Exception) -> None:
+        self._drop(lambda _job: error)
 
     def _admit(self) -> None:
         while len(self._slots) < self.config.max_images_in_flight and self._queue:
