@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float32
@@ -94,7 +94,7 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, source: str) -> Self:
+    def from_json(cls, text: str, *, source: str) -> "Manifest":
         """Parse a manifest; errors name `source` and what is wrong with it."""
         try:
             fields = json.loads(text)
@@ -140,7 +140,7 @@ class Bundle:
     latent_rgb: Float32[np.ndarray, "channels_plus_1 3"]  # last row: the bias; RGB in [-1, 1]
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path) -> "Bundle":
         """Read and verify a bundle: every file against its hash, every shape against the manifest.
 
         Raises `BundleError` that names the file, what was found and what was expected.

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float32
@@ -150,7 +149,7 @@ class Pipeline:
         *,
         execution_provider: str = "CPUExecutionProvider",
         limits: Limits | None = None,
-    ) -> Self:
+    ) -> "Pipeline":
         """Verify a bundle and load its graphs, once and for all concepts."""
         bundle = Bundle.open(bundle_path)
         sessions: dict[str, Session] = {

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.errors import BundleError, ProviderUnavailable
 
-Array = np.ndarray[Any, Any]
+Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
 

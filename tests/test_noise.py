@@ -1,4 +1,4 @@
-"""The noise is PyTorch's own: without it no image could be compared with one that diffusers draws."""
+"""The noise is PyTorch's own: without it no image could be compared with one by diffusers."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,204 @@
+"""Concept files: what is read, what is written, and what is refused."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from engine.bundle import TextSpec
+from engine.concepts import (
+    Concept,
+    check_fits,
+    concept_from_bytes,
+    concept_to_bytes,
+    read_concept,
+    write_concept,
+)
+from engine.errors import ConceptMismatch, ConceptUnreadable
+
+VECTORS = np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 6)
+TEXT = TextSpec(
+    max_tokens=8,
+    dim=6,
+    output_dim=6,
+    vocab_size=10,
+    bos_token_id=8,
+    eos_token_id=9,
+    pad_token_id=9,
+    embedding_fingerprint="a" * 64,
+)
+
+
+def concept(**changes: object) -> Concept:
+    fields = {"placeholder_token": "<x>", "learned_embeddings": VECTORS} | changes
+    return Concept(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("file_format", ["oneword", "diffusers"])
+def test_a_concept_survives_its_file(tmp_path: Path, file_format: str) -> None:
+    path = tmp_path / "x.safetensors"
+    write_concept(concept(), path, file_format)  # type: ignore[arg-type]
+    read = read_concept(path)
+    assert read.placeholder_token == "<x>"
+    assert read.concept_id == concept().concept_id
+    np.testing.assert_array_equal(read.learned_embeddings, VECTORS)
+
+
+def test_own_format_keeps_fingerprint_and_metadata() -> None:
+    original = concept(embedding_fingerprint="f" * 64, metadata={"steps": "250"})
+    read = concept_from_bytes(concept_to_bytes(original), source="test")
+    assert read.embedding_fingerprint == "f" * 64
+    assert read.metadata == {"steps": "250"}
+
+
+def test_diffusers_format_is_what_its_trainer_writes() -> None:
+    header = concept_to_bytes(concept(), "diffusers")
+    (length,) = struct.unpack("<Q", header[:8])
+    assert json.loads(header[8 : 8 + length]).keys() == {"<x>"}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_one_vector_without_an_axis_is_read(dtype: type) -> None:
+    read = concept_from_bytes(save({"<y>": VECTORS[0].astype(dtype)}), source="test")
+    assert read.learned_embeddings.shape == (1, 6)
+    assert read.learned_embeddings.dtype == np.float32
+
+
+def test_the_id_is_of_the_vectors_not_of_the_name() -> None:
+    assert concept().concept_id == concept(placeholder_token="<other>").concept_id
+    assert concept().concept_id != concept(learned_embeddings=VECTORS.reshape(3, 4)).concept_id
+
+
+def test_renaming_on_reading() -> None:
+    content = concept_to_bytes(concept())
+    assert (
+        concept_from_bytes(content, source="t", placeholder_token="<z>").placeholder_token == "<z>"
+    )
+
+
+class _Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def _zip_of_a_pickle() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(_Harmful()))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [pickle.dumps(_Harmful(), p) for p in (2, 3, 4, 5)] + [_zip_of_a_pickle()]
+)
+def test_a_pickle_is_refused_whatever_its_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "learned_embeds.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ConceptUnreadable, match="is a pickle"):
+        read_concept(path)
+
+
+WHOLE = save({"<x>": VECTORS})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        WHOLE[:4],
+        WHOLE[:40],
+        WHOLE[:-1],
+        WHOLE + b"\0",
+        struct.pack("<Q", 2**63) + WHOLE[8:],
+        struct.pack("<Q", 8) + b"[1, 2]  ",
+        b"<!DOCTYPE html>",
+    ],
+    ids=["empty", "no header", "half a header", "cut", "too long", "huge header", "list", "html"],
+)
+def test_a_broken_file_is_refused(content: bytes) -> None:
+    with pytest.raises(ConceptUnreadable):
+        concept_from_bytes(content, source="broken")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"<x>": np.full((1, 6), np.nan, np.float32)}, "NaN"),
+        ({"<x>": np.full((1, 6), 1e300, np.float64)}, "infinite"),
+        ({"<x>": np.zeros((0, 6), np.float32)}, "0 vectors"),
+        ({"<x>": np.zeros((200, 6), np.float32)}, "200 vectors"),
+        ({"<x>": np.zeros((1, 2, 3), np.float32)}, r"shape \[1, 2, 3\]"),
+        ({"<x>": np.zeros((1, 6), np.int8)}, "int8"),
+        ({"clip_l": VECTORS, "clip_g": VECTORS}, "2 tensors"),
+        ({"emb_params": VECTORS}, "does not say its placeholder"),
+        ({"../../etc/passwd ": VECTORS}, "not allowed"),
+        ({"a" * 65: VECTORS}, "1 to 64 characters, got 65"),
+    ],
+)
+def test_contents_that_are_no_concept_are_refused(
+    tensors: dict[str, np.ndarray], message: str
+) -> None:
+    with pytest.raises(ConceptUnreadable, match=message):
+        concept_from_bytes(save(tensors), source="test")
+
+
+@pytest.mark.parametrize("token", ["", "a b", "a\nb", "(x)", "x:1", "a\u202eb", "x\0y", "\\x"])
+def test_names_that_could_be_mistaken_are_refused(token: str) -> None:
+    with pytest.raises(ConceptUnreadable, match="placeholder token"):
+        concept(placeholder_token=token)
+
+
+def test_a_file_too_large_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(5 << 20)
+    with pytest.raises(ConceptUnreadable, match="at most 4194304"):
+        read_concept(path)
+
+
+def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ConceptUnreadable, match="No such file"):
+        read_concept(tmp_path / "none.safetensors")
+
+
+def test_a_concept_of_another_width_does_not_fit() -> None:
+    other = concept(learned_embeddings=VECTORS.reshape(3, 4))
+    with pytest.raises(ConceptMismatch, match="width 4, model 'm' wants 6"):
+        check_fits(other, TEXT, model_name="m")
+
+
+def test_a_concept_of_another_vocabulary_does_not_fit() -> None:
+    with pytest.raises(ConceptMismatch, match=r"bbbbbbbbbbbb\.\.\., model 'm' has aaaaaaaaaaaa"):
+        check_fits(concept(embedding_fingerprint="b" * 64), TEXT, model_name="m")
+
+
+def test_a_concept_longer_than_a_chunk_does_not_fit() -> None:
+    with pytest.raises(ConceptMismatch, match="7 vectors.* room for 6"):
+        check_fits(concept(learned_embeddings=np.ones((7, 6), np.float32)), TEXT, model_name="m")
+
+
+def test_a_concept_without_fingerprint_fits_by_width() -> None:
+    check_fits(concept(), TEXT, model_name="m")
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    write_concept(concept(), path)
+    before = path.read_bytes()
+
+    def full_disk(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engine.files.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_concept(concept(learned_embeddings=VECTORS * 2), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
