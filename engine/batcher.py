@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -78,6 +78,7 @@ class Failed:
 Event = StepDone | ImageDone | Finished | Failed
 
 
+@runtime_checkable
 class Model(Protocol):
     """What the batcher needs of a pipeline: all of it runs on the worker thread."""
 

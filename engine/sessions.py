@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
 
+@runtime_checkable
 class Session(Protocol):
     """A loaded graph. Everything above this line sees nothing else of a backend."""
 
