@@ -18,6 +18,7 @@ import numpy as np
 
 from engine.errors import (
     Cancelled,
+    ConfigError,
     DeadlineExceeded,
     EngineError,
     NumericalError,
@@ -99,7 +100,7 @@ class BatcherConfig:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(slots=True, eq=False)

@@ -10,8 +10,8 @@ Nothing is ever unpickled.
 
 import hashlib
 import json
-import re
 import struct
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,14 +33,15 @@ MAX_FILE_BYTES = 4 << 20
 MAX_NUM_VECTORS = 75
 MAX_DIM = 8192
 MAX_PLACEHOLDER_LENGTH = 64
+_PICKLE_BEGINNINGS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 # What kohya and OneTrainer call the only tensor of a file; taken for a token, it would do nothing.
 _KEYS_WITHOUT_A_NAME = ("emb_params", "emp_params")
 FileFormat = Literal["oneword", "diffusers"]
 
-# Characters that the prompt syntax uses, plus white space and control characters.
-_FORBIDDEN_IN_PLACEHOLDER = re.compile(
-    r"[\s\\()\[\]:,\x00-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
-)
+_PROMPT_SYNTAX = "\\()[]:,"
+# Control and invisible formatting characters: a token must look like what it is, and no other.
+_INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs")
+_RESERVED_TOKENS = ("__metadata__",)  # no tensor of a safetensors file can be called so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +86,22 @@ def check_placeholder_token(token: str) -> None:
             f"got {len(token)}",
             field="placeholder_token",
         )
-    if found := _FORBIDDEN_IN_PLACEHOLDER.search(token):
+    found = next((character for character in token if _is_forbidden(character)), None)
+    if found or token in _RESERVED_TOKENS:
         raise ConceptUnreadable(
-            f"placeholder token {token!r} contains {found.group()!r}; white space, control "
-            "characters and \\ ( ) [ ] : , are not allowed; choose a name such as <cat-toy>",
+            f"placeholder token {token!r} contains {found or token!r}; white space, control and "
+            "invisible characters and \\ ( ) [ ] : , are not allowed; choose a name such as "
+            "<cat-toy>",
             field="placeholder_token",
         )
+
+
+def _is_forbidden(character: str) -> bool:
+    return (
+        character.isspace()
+        or character in _PROMPT_SYNTAX
+        or unicodedata.category(character) in _INVISIBLE_CATEGORIES
+    )
 
 
 def _check_vectors(token: str, vectors: Float32[np.ndarray, "num_vectors dim"]) -> None:
@@ -170,8 +181,9 @@ def concept_from_bytes(
 
 
 def _refuse_pickle(content: bytes, source: str) -> None:
-    # A zip archive (torch.save) or a bare pickle of protocol 2 and later.
-    if content[:2] == b"PK" or (content[:1] == b"\x80" and content[1:2] in b"\x02\x03\x04\x05"):
+    # A zip archive (torch.save) or a bare pickle of protocol 2 and later. A safetensors file can
+    # begin so too (by the length of its header), but has a brace where those two cannot have one.
+    if content[8:9] != b"{" and content[:2] in _PICKLE_BEGINNINGS:
         raise ConceptUnreadable(
             f"{source} is a pickle, whatever its name; pickles can run code and are never loaded; "
             "convert it to safetensors where it came from"
@@ -180,7 +192,7 @@ def _refuse_pickle(content: bytes, source: str) -> None:
 
 def _read_metadata(content: bytes) -> dict[str, str]:
     (header_length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + header_length]).get("__metadata__", {})
+    return json.loads(content[8 : 8 + header_length]).get("__metadata__") or {}
 
 
 def _from_own_format(
@@ -237,11 +249,20 @@ def _as_vectors(array: np.ndarray, source: str) -> Float32[np.ndarray, "num_vect
 
 
 def concept_to_bytes(concept: Concept, file_format: FileFormat = "oneword") -> bytes:
-    """The bytes of a concept file. `diffusers` keeps token and vectors only."""
+    """The bytes of a concept file, always the same. `diffusers` keeps token and vectors only."""
     vectors = np.ascontiguousarray(concept.learned_embeddings)
     if file_format == "diffusers":
         return save_safetensors({concept.placeholder_token: vectors})
-    return save_safetensors({TENSOR_NAME: vectors}, metadata=_metadata_of(concept))
+    content = save_safetensors({TENSOR_NAME: vectors}, metadata=_metadata_of(concept))
+    return _with_sorted_header(content)
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    # safetensors writes metadata in the random order of a Rust hash map.
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + content[8 + length :]
 
 
 def _metadata_of(concept: Concept) -> dict[str, str]:

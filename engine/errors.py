@@ -13,14 +13,21 @@
     |-- ShuttingDown            the server is draining
     |-- NumericalError          the model produced NaN or infinite values
     |-- BundleError             the bundle on disk is missing, broken, or of another version
+    |-- StoreError              the concept store cannot be read or written now
+    |   `-- ConceptDamaged      a stored concept is not what was stored
+    |-- ConfigError             the server cannot run as it was told to
     `-- ProviderUnavailable     the backend that was asked for cannot be had
 
-Each message gives the value, the limit and the remedy. `engine.service.STATUS` maps every class
+Each message gives the value, the limit and the remedy. `engine.status.STATUS` maps every class
 to a gRPC status; a test asserts that none is missing.
 """
 
 
-class EngineError(Exception):
+class OneWordError(Exception):
+    """Whatever goes wrong for a reason that a person can mend; commands print it as one line."""
+
+
+class EngineError(OneWordError):
     """Base of all errors of the runtime."""
 
 
@@ -82,6 +89,18 @@ class NumericalError(EngineError):
 
 class BundleError(EngineError):
     """The bundle cannot be opened; the message names both sides of the mismatch."""
+
+
+class StoreError(EngineError):
+    """The concept store cannot be read or written: a full disk, a lock held too long."""
+
+
+class ConceptDamaged(StoreError):
+    """The file of a stored concept is missing, or not the one that was stored."""
+
+
+class ConfigError(EngineError):
+    """The configuration cannot be used; the message says which setting and how to mend it."""
 
 
 class ProviderUnavailable(EngineError):

@@ -226,7 +226,7 @@ class Pipeline:
         return first.k0 * clean + first.k1 * generator.randn(shape)
 
     def _encode_image(
-        self, image: Float32[np.ndarray, "1 3 height width"]
+        self, image: Float32[np.ndarray, "1 3 image_height image_width"]
     ) -> tuple[Latents, Latents]:
         outputs = self._vae_encoder.run({"images": image})
         return outputs["mean"][0].astype(np.float32), outputs["std"][0].astype(np.float32)

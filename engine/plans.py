@@ -1,4 +1,4 @@
-"""Plans: graphs compiled ahead of time by TensorRT for RTX. The only file that imports tensorrt_rtx.
+"""Plans: graphs compiled ahead of time by TensorRT for RTX; alone in importing tensorrt_rtx.
 
 A plan is built on a machine that needs no GPU, for stated compute capabilities; one plan serves
 several. Beside the plans of a target lies `plan.json`, and nothing is handed to a deserializer that
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from engine.bundle import ComponentSpec, Manifest, TensorSpec
 from engine.errors import BundleError, ProviderUnavailable
@@ -46,8 +46,8 @@ class Target:
         return "-".join(("rtx", *self.capabilities))
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read `rtx:smXX[,smYY...]`; raises `ProviderUnavailable` for what cannot be compiled for."""
+    def parse(cls, text: str) -> "Target":
+        """Read `rtx:smXX[,smYY...]`; raises `ProviderUnavailable` for what is not known."""
         kind, _, listed = text.lower().partition(":")
         wanted = {name.strip() for name in listed.split(",") if name.strip()}
         known = ", ".join(CAPABILITIES)
@@ -71,7 +71,7 @@ class PlanSpec:
 
     file: str
     sha256: str
-    source_sha256: str  # of the ONNX file it was compiled from
+    sources: dict[str, str]  # the ONNX file it was compiled from, and its weights -> SHA-256
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     profile: dict[str, ShapeRange]  # input -> shapes that it takes
@@ -92,7 +92,7 @@ class PlanManifest:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, source: str) -> Self:
+    def from_json(cls, text: str, *, source: str) -> "PlanManifest":
         try:
             fields = json.loads(text)
             if (version := fields.get("format_version")) != FORMAT_VERSION:
@@ -109,12 +109,15 @@ class PlanManifest:
 
 
 def _plan_spec(fields: Mapping[str, Any]) -> PlanSpec:
-    tensors = {side: [TensorSpec(**spec) for spec in fields[side]] for side in ("inputs", "outputs")}
+    tensors = {
+        side: [TensorSpec(**spec) for spec in fields[side]] for side in ("inputs", "outputs")
+    }
     profile: dict[str, ShapeRange] = {
         name: (list(low), list(usual), list(high))
         for name, (low, usual, high) in fields["profile"].items()
     }
-    return PlanSpec(**{**fields, **tensors, "profile": profile})
+    converted: dict[str, Any] = {**fields, **tensors, "profile": profile}
+    return PlanSpec(**converted)
 
 
 def read_plan_manifest(folder: Path, *, build_key: str) -> PlanManifest:
@@ -141,7 +144,9 @@ def read_plan_manifest(folder: Path, *, build_key: str) -> PlanManifest:
 def _verify(folder: Path, plan: PlanSpec) -> None:
     file = folder / plan.file
     if Path(plan.file).name != plan.file:
-        raise BundleError(f"{folder / PLAN_MANIFEST} names a file outside its folder: {plan.file!r}")
+        raise BundleError(
+            f"{folder / PLAN_MANIFEST} names a file outside its folder: {plan.file!r}"
+        )
     if not file.is_file():
         raise BundleError(f"{file} is missing; compile the target again")
     if (found := sha256_of_file(file)) != plan.sha256:
@@ -232,11 +237,16 @@ def compile_plan(
     return PlanSpec(
         file=plan_path.name,
         sha256=sha256_of_file(plan_path),
-        source_sha256=sha256_of_file(onnx_path),
+        sources={path.name: sha256_of_file(path) for path in _sources(onnx_path)},
         inputs=spec.inputs,
         outputs=spec.outputs,
         profile=profile,
     )
+
+
+def _sources(onnx_path: Path) -> list[Path]:
+    data = onnx_path.with_name(f"{onnx_path.name}.data")
+    return [onnx_path, data] if data.exists() else [onnx_path]
 
 
 def _make_logger(trt: Any) -> Any:
@@ -262,9 +272,8 @@ def _parse(trt: Any, network: Any, log: Any, onnx_path: Path) -> None:
     # From the file, not from bytes: external data is looked for beside it.
     if not parser.parse_from_file(str(onnx_path)):
         errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise BundleError(
-            f"{onnx_path.name} cannot be parsed by TensorRT: {'; '.join(errors[:3]) or log.summary()}"
-        )
+        reason = "; ".join(errors[:3]) or log.summary()
+        raise BundleError(f"{onnx_path.name} cannot be parsed by TensorRT: {reason}")
 
 
 def _check_tensors(trt: Any, network: Any, spec: ComponentSpec, onnx_path: Path) -> None:
@@ -280,7 +289,9 @@ def _check_tensors(trt: Any, network: Any, spec: ComponentSpec, onnx_path: Path)
             raise BundleError(f"{onnx_path.name} has {side} {found}, the manifest says {expected}")
     dynamic = {t.name: [isinstance(axis, str) for axis in t.shape] for t in spec.inputs}
     if frozen := {t.name for t in inputs if [d == -1 for d in t.shape] != dynamic[t.name]}:
-        raise BundleError(f"{onnx_path.name}: axes of {', '.join(sorted(frozen))} differ in TensorRT")
+        raise BundleError(
+            f"{onnx_path.name}: axes of {', '.join(sorted(frozen))} differ in TensorRT"
+        )
 
 
 def _dtype_name(trt: Any, dtype: Any) -> str:

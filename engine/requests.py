@@ -99,7 +99,10 @@ def _size(request: GenerationRequest, manifest: Manifest) -> tuple[int, int]:
     if request.init_image is not None:
         multiple = manifest.latents.size_multiple
         height, width = (side // multiple * multiple for side in request.init_image.shape[:2])
-    return request.width or width, request.height or height
+    return (
+        width if request.width is None else request.width,
+        height if request.height is None else request.height,
+    )
 
 
 def _in_range(name: str, value: int, low: int, high: int) -> None:

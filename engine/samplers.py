@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from safetensors import safe_open
 
 from engine.errors import BundleError, InvalidRequest
@@ -26,7 +26,8 @@ NUM_COLUMNS = len(COLUMNS)
 MAX_INFERENCE_STEPS = 100
 FORMAT = "oneword-samplers/1"
 
-Latents = Float32[np.ndarray, "channels height width"]
+# float32 in service; float64 when a table is checked against its scheduler.
+Latents = Float[np.ndarray, "channels height width"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,8 @@ class SamplerTable:
 
     `rows[offsets[n - 1]:offsets[n]]` are the rows of n steps. A trajectory that starts at row r of
     them (image-to-image) has no history yet: its first rows are the `cold_rows` whose `cold_index`
-    is (n, r, row), where they differ from the warm ones.
+    is (n, r, row), where they differ from the warm ones. A number of steps that the scheduler
+    cannot do has no rows, and NaN as its `init_sigma`.
     """
 
     name: str
@@ -113,6 +115,14 @@ class SamplerTable:
             raise InvalidRequest(
                 f"num_inference_steps must be between 1 and {len(self.init_sigma)}, "
                 f"got {num_inference_steps}",
+                field="num_inference_steps",
+            )
+        if np.isnan(self.init_sigma[num_inference_steps - 1]):
+            supported = np.flatnonzero(~np.isnan(self.init_sigma)) + 1
+            nearest = int(supported[np.abs(supported - num_inference_steps).argmin()])
+            raise InvalidRequest(
+                f"{self.name} has no schedule of {num_inference_steps} steps for this model (it "
+                f"goes up to {supported[-1]}); the nearest it has is {nearest}",
                 field="num_inference_steps",
             )
         if not 0.0 < strength <= 1.0:

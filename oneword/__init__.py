@@ -1,0 +1,1 @@
+"""The command line: it composes engine and trainer, so that neither imports the other."""

@@ -8,6 +8,7 @@ from jaxtyping import install_import_hook
 # Shape annotations are checked in tests and free in production.
 install_import_hook("engine", "beartype.beartype")
 
+from engine.pipeline import Pipeline  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI_MODEL = ROOT / "models" / "emoji"
@@ -24,3 +25,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if mark in item.keywords:
                     item.add_marker(pytest.mark.skip(reason=f"needs --run-{mark}"))
+
+
+@pytest.fixture(scope="session")
+def emoji_bundle_path() -> Path:
+    """The embedded model's bundle, built once and again only when its inputs have changed."""
+    from trainer.export import build_bundle
+
+    path = ROOT / "build" / "test" / "emoji"
+    build_bundle(str(EMOJI_MODEL), path, precision="fp32")
+    return path
+
+
+@pytest.fixture(scope="session")
+def pipeline(emoji_bundle_path: Path) -> Pipeline:
+    """The embedded model, loaded once for all tests."""
+    return Pipeline.open(emoji_bundle_path)

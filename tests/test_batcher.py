@@ -19,6 +19,7 @@ from engine.batcher import (
 )
 from engine.errors import (
     Cancelled,
+    ConfigError,
     DeadlineExceeded,
     InvalidRequest,
     NumericalError,
@@ -353,5 +354,5 @@ def test_events_after_the_last_one_are_impossible(open_batcher: Open, model: Fak
 
 
 def test_configuration_refuses_nonsense() -> None:
-    with pytest.raises(ValueError, match="max_batch_rows must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="max_batch_rows must be at least 1, got 0"):
         BatcherConfig(max_batch_rows=0)

@@ -19,11 +19,16 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, scheduler_config: dict[str, Any]) -> Self:
-        """Read off diffusers' scheduler, which knows every `beta_schedule` and zero terminal SNR."""
-        scheduler = DDIMScheduler.from_config(scheduler_config)
+        """Read off diffusers' scheduler: it knows each `beta_schedule` and zero terminal SNR."""
+        scheduler: Any = DDIMScheduler.from_config(scheduler_config)
         return cls(
             alphas_cumprod=scheduler.alphas_cumprod.float(),
             prediction_type=str(scheduler.config["prediction_type"]),
+        )
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(
+            alphas_cumprod=self.alphas_cumprod.to(device), prediction_type=self.prediction_type
         )
 
     @property
@@ -34,8 +39,7 @@ class NoiseSchedule:
         self, timesteps: Int64[Tensor, " batch"]
     ) -> tuple[Float32[Tensor, "batch 1 1 1"], Float32[Tensor, "batch 1 1 1"]]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), to be broadcast over latents."""
-        alpha_bar = self.alphas_cumprod[timesteps.to(self.alphas_cumprod.device)]
-        alpha_bar = alpha_bar[:, None, None, None]
+        alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]
         return alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
 
 
@@ -45,7 +49,7 @@ def add_noise(
     noise: Float32[Tensor, "batch channels height width"],
     timesteps: Int64[Tensor, " batch"],
 ) -> Float32[Tensor, "batch channels height width"]:
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon (DDPM, arXiv 2006.11239, eq. 4)."""
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon (arXiv 2006.11239, eq. 4)."""
     signal, deviation = schedule.signal_and_noise(timesteps)
     return signal * latents + deviation * noise
 

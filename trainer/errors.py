@@ -1,10 +1,10 @@
 """Every error that learning can raise on purpose; each message is one line and names a remedy.
 
-    LearningError
-    |-- NoUsableImages      the folder holds nothing to learn from
-    |-- CheckpointError     the checkpoint is broken, or belongs to another run
-    |-- Diverged            the loss or the gradient is NaN or infinite
-    `-- NoGradient          the vectors do not move: something cut the graph
+LearningError
+|-- NoUsableImages      the folder holds nothing to learn from
+|-- CheckpointError     the checkpoint is broken, or belongs to another run
+|-- Diverged            the loss or the gradient is NaN or infinite
+`-- NoGradient          the vectors do not move: something cut the graph
 """
 
 

@@ -95,8 +95,8 @@ def _files(folder: Path) -> list[Path]:
 def _nothing_usable(folder: Path, skipped: list[SkippedFile]) -> str:
     reasons = "; ".join(f"{file.name}: {file.reason}" for file in skipped[:3])
     return (
-        f"no usable image in {folder} ({len(skipped)} files skipped{': ' + reasons if reasons else ''}"
-        "); put 3 to 5 photos of the same thing there, as JPEG, PNG or WebP"
+        f"no usable image in {folder} ({len(skipped)} files skipped{': ' if reasons else ''}"
+        f"{reasons}); put 3 to 5 photos of the same thing there, as JPEG, PNG or WebP"
     )
 
 

@@ -31,8 +31,8 @@ class LatentDistribution:
         moments = [_posterior(model, image[None]) for image in pixels]
         shift, scale = model.shift_factor, model.scaling_factor
         return cls(
-            mean=torch.cat([(moment.mean.float() - shift) * scale for moment in moments]),
-            std=torch.cat([moment.std.float() * scale for moment in moments]),
+            mean=torch.cat([(moment.mean.float().cpu() - shift) * scale for moment in moments]),
+            std=torch.cat([moment.std.float().cpu() * scale for moment in moments]),
         )
 
     def __len__(self) -> int:

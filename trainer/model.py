@@ -22,7 +22,7 @@ _TEXT_ENCODERS = {
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
 }
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # UNet options that make it want an input which Stable Diffusion 1.x/2.x does not have.
 _UNET_EXTRA_INPUTS = (
     "class_embed_type",
@@ -138,8 +138,9 @@ def _load_config(
     try:
         return loader.load_config(source, revision=revision, **options)
     except (OSError, ValueError) as error:
-        where = " ".join([options.get("subfolder", ""), "config of"]).strip()
-        raise ModelError(f"cannot read the {where} {source!r}: {_first_line(error)}") from error
+        what = " ".join([options.get("subfolder", ""), "config of", repr(source)]).strip()
+        where = "" if Path(source).is_dir() else " (no such folder here, so taken for a hub id)"
+        raise ModelError(f"cannot read the {what}{where}: {_first_line(error)}") from error
 
 
 def _check_index(source: str, index: Mapping[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,15 +24,15 @@ _STAND_IN = "<concept>"
 def text_spec(model: DiffusionModel) -> TextSpec:
     """What the engine's prompt reader must know of the model's text encoder."""
     vocab_size, dim = model.token_embedding.shape
-    tokenizer = model.tokenizer
+    tokenizer: Any = model.tokenizer  # annotated for lists of tokens as well
     return TextSpec(
         max_tokens=model.max_tokens,
         dim=dim,
         output_dim=int(model.text_encoder.config.hidden_size),
         vocab_size=vocab_size,
-        bos_token_id=int(tokenizer.bos_token_id),
-        eos_token_id=int(tokenizer.eos_token_id),
-        pad_token_id=int(tokenizer.pad_token_id),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         embedding_fingerprint=embedding_fingerprint(model.token_embedding.cpu().numpy()),
     )
 

@@ -10,9 +10,11 @@ from typing import Literal
 LearnableProperty = Literal["object", "style"]
 
 OBJECT_TEMPLATES = (
+    # Without an article as well: "a photo of <cat-toy>" is how the word will be used.
+    "a photo of {}",
+    "a picture of {}",
     "a photo of a {}",
     "a photo of the {}",
-    "a photo of one {}",
     "a photo of my {}",
     "a good photo of a {}",
     "a nice photo of the {}",
@@ -25,7 +27,6 @@ OBJECT_TEMPLATES = (
     "a photo of a large {}",
     "a photo of the clean {}",
     "a photo of a nice {}",
-    "a photo of the cool {}",
     "a picture of a {}",
     "an image of the {}",
     "a rendering of a {}",

@@ -1,0 +1,150 @@
+"""Build a bundle from a diffusers model: ONNX graphs, sampler tables, compiled plans."""
+
+import argparse
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from engine.errors import EngineError
+from engine.plans import CAPABILITIES
+
+if TYPE_CHECKING:
+    from trainer.export import BuildReport
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="build_engines.py",
+        description="Build the bundle that the runtime serves from a Stable Diffusion 1.x or 2.x "
+        "model. What is there already and built from the same inputs is kept.",
+        epilog="example: python build_engines.py --model models/emoji --output bundles/emoji "
+        "--target rtx:sm86,sm89",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="a diffusers folder, or OWNER/NAME on the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="BUNDLE",
+        help="the folder to write; replaced only if it is a bundle, and only by a complete one",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="inside the ONNX graphs (default: %(default)s); the VAE stays fp32 where its config "
+        "says force_upcast",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="rtx:SM[,SM...]",
+        help="also compile fp16 plans with TensorRT for RTX, no GPU needed; SM of "
+        f"{', '.join(CAPABILITIES)}; may be given several times",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the hub model")
+    return parser
+
+
+class Progress:
+    """A bar on a terminal, a line for each finished stage elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._start = time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if done == 0:
+            self._start = time.perf_counter()
+        if sys.stderr.isatty():
+            self._draw(stage, done, total)
+        elif done == total:
+            print(f"  {stage}: {time.perf_counter() - self._start:.1f} s", file=sys.stderr)
+
+    def _draw(self, stage: str, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm[Any](
+                desc=stage, total=total, bar_format="{desc}: {n_fmt}/{total_fmt} {elapsed}"
+            )
+        self._bar.total = total
+        self._bar.n = done
+        self._bar.refresh()
+        if done == total:
+            self._bar.close()
+            self._bar = None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    try:
+        _quiet_libraries()
+        from trainer.export import build_bundle
+        from trainer.model import ModelError
+        from trainer.onnx_graphs import ExportError
+        from trainer.sampler_fit import SamplerRefused
+    except ImportError as error:
+        return fail(
+            f"{error}; building needs PyTorch and diffusers: `pip install oneword[train,cpu]`"
+        )
+    # As an exception, so that the half-built bundle is cleaned away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        report = build_bundle(
+            options.model,
+            options.output,
+            precision=options.precision,
+            targets=options.target,
+            revision=options.revision,
+            progress=Progress(),
+        )
+    except (EngineError, ModelError, ExportError, SamplerRefused, OSError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing was published")
+    print(describe(report))
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Bars and advice of the libraries below us, before any of them is imported."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="huggingface_hub")
+
+
+def describe(report: "BuildReport") -> str:
+    """What was built: files with sizes, times, parity."""
+    lines = [f"{report.path}: " + ("built" if report.was_built else "up to date, nothing to build")]
+    if report.parity is not None:
+        sizes = {file: (report.path / file).stat().st_size for file in report.manifest.files}
+        lines += [f"  {file:<30}{size / 1e3:>12,.0f} kB" for file, size in sizes.items()]
+        lines.append(f"  image against diffusers: {report.parity.image_psnr_db:.1f} dB PSNR")
+        for component, errors in report.parity.max_relative_error.items():
+            lines.append(f"  {component} against PyTorch: {max(errors.values()):.1e} of its range")
+    lines += [f"  compiled plans for {target}" for target in report.compiled]
+    if report.seconds:
+        lines.append(f"  {sum(report.seconds.values()):.1f} s in all")
+    return "\n".join(lines)
+
+
+def fail(message: str) -> int:
+    """One line for people and exit code 1 for scripts."""
+    print(f"build_engines.py: {message.strip().splitlines()[0]}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""The servicer of the stored concepts."""
+
+import base64
+import binascii
+
+from engine import wire
+from engine.concepts import check_fits, concept_from_bytes, concept_to_bytes
+from engine.errors import InvalidRequest
+from engine.service import Context, Runtime, guarded
+from engine.store import StoredConcept
+from protos.oneword.v1 import concepts_pb2, concepts_pb2_grpc
+
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+KeyedRequest = concepts_pb2.GetConceptRequest | concepts_pb2.ExportConceptRequest
+
+
+class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
+    """Import, describe, list, delete and export concepts; disk access is in the pool."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    async def ImportConcept(
+        self, request: concepts_pb2.ImportConceptRequest, context: Context
+    ) -> concepts_pb2.ImportConceptResponse:
+        async with guarded(context):
+            return await self._runtime.in_pool(self._import, request)
+
+    async def GetConcept(
+        self, request: concepts_pb2.GetConceptRequest, context: Context
+    ) -> concepts_pb2.GetConceptResponse:
+        async with guarded(context):
+            return await self._runtime.in_pool(self._get, request)
+
+    async def ListConcepts(
+        self, request: concepts_pb2.ListConceptsRequest, context: Context
+    ) -> concepts_pb2.ListConceptsResponse:
+        async with guarded(context):
+            return await self._runtime.in_pool(self._list, request)
+
+    async def DeleteConcept(
+        self, request: concepts_pb2.DeleteConceptRequest, context: Context
+    ) -> concepts_pb2.DeleteConceptResponse:
+        async with guarded(context):
+            await self._runtime.in_pool(self._runtime.store.delete, request.placeholder_token)
+            return concepts_pb2.DeleteConceptResponse()
+
+    async def ExportConcept(
+        self, request: concepts_pb2.ExportConceptRequest, context: Context
+    ) -> concepts_pb2.ExportConceptResponse:
+        async with guarded(context):
+            return await self._runtime.in_pool(self._export, request)
+
+    def _import(
+        self, request: concepts_pb2.ImportConceptRequest
+    ) -> concepts_pb2.ImportConceptResponse:
+        concept = concept_from_bytes(
+            request.content,
+            source="the concept file",
+            placeholder_token=request.placeholder_token or None,
+        )
+        manifest = self._runtime.pipeline.bundle.manifest
+        check_fits(concept, manifest.text, model_name=manifest.model_name)
+        stored, changed = self._runtime.store.import_concept(concept, overwrite=request.overwrite)
+        return concepts_pb2.ImportConceptResponse(
+            concept=wire.concept_to_proto(stored), changed=changed
+        )
+
+    def _get(self, request: concepts_pb2.GetConceptRequest) -> concepts_pb2.GetConceptResponse:
+        stored = self._find(request)
+        concept = self._runtime.store.find_by_token(stored.placeholder_token)
+        return concepts_pb2.GetConceptResponse(concept=wire.concept_to_proto(stored, concept))
+
+    def _list(self, request: concepts_pb2.ListConceptsRequest) -> concepts_pb2.ListConceptsResponse:
+        page_size = request.page_size or DEFAULT_PAGE_SIZE
+        if not 1 <= page_size <= MAX_PAGE_SIZE:
+            raise InvalidRequest(
+                f"page_size must be between 1 and {MAX_PAGE_SIZE}, got {page_size}",
+                field="page_size",
+            )
+        after = _after(request.page_token)
+        found = self._runtime.store.list(limit=page_size + 1, after=after)
+        page = found[:page_size]
+        return concepts_pb2.ListConceptsResponse(
+            concepts=[wire.concept_to_proto(stored) for stored in page],
+            next_page_token=_page_token(page[-1]) if len(found) > page_size else "",
+        )
+
+    def _export(
+        self, request: concepts_pb2.ExportConceptRequest
+    ) -> concepts_pb2.ExportConceptResponse:
+        file_format = wire.concept_format_from_proto(request.format)
+        concept = self._runtime.store.find_by_token(self._find(request).placeholder_token)
+        return concepts_pb2.ExportConceptResponse(
+            content=concept_to_bytes(concept, file_format),
+            placeholder_token=concept.placeholder_token,
+        )
+
+    def _find(self, request: KeyedRequest) -> StoredConcept:
+        match request.WhichOneof("key"):
+            case "placeholder_token":
+                return self._runtime.store.get(request.placeholder_token)
+            case "concept_id":
+                return self._runtime.store.get_by_id(request.concept_id)
+            case None:
+                raise InvalidRequest(
+                    "no concept is named; give placeholder_token or concept_id",
+                    field="placeholder_token",
+                )
+
+
+def _page_token(last: StoredConcept) -> str:
+    return base64.urlsafe_b64encode(last.placeholder_token.encode()).decode()
+
+
+def _after(page_token: str) -> str:
+    try:
+        return base64.b64decode(page_token.encode(), altchars=b"-_", validate=True).decode()
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest(
+            "page_token is not one of this server's; pass next_page_token on as it is",
+            field="page_token",
+        ) from error

@@ -1,0 +1,206 @@
+"""The server: a pipeline, a batcher and a concept store behind gRPC, from start to drained stop."""
+
+import asyncio
+import ipaddress
+import logging
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from engine.batcher import Batcher, BatcherConfig
+from engine.concept_service import ConceptService
+from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
+from engine.errors import ConfigError
+from engine.pipeline import Pipeline
+from engine.requests import Limits
+from engine.service import ImageGenerationService, Runtime, ServerInfoService
+from engine.store import ConceptStore
+from protos.oneword.v1 import (
+    concepts_pb2,
+    concepts_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_info_pb2,
+    server_info_pb2_grpc,
+)
+
+SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["ImageGenerationService"].full_name,
+    concepts_pb2.DESCRIPTOR.services_by_name["ConceptService"].full_name,
+    server_info_pb2.DESCRIPTOR.services_by_name["ServerInfoService"].full_name,
+)
+# Time for the last statuses to leave, and the end of health watchers, which never end themselves.
+_FLUSH_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Everything that `oneword serve` can be told."""
+
+    bundle: Path
+    listen: str = DEFAULT_ADDRESS  # host:port, port 0 for a free one; or unix:PATH
+    insecure: bool = False  # listen beyond this machine, without TLS or authentication
+    concept_dir: Path | None = None  # None: concepts are forgotten when the server stops
+    execution_provider: str = "CPUExecutionProvider"
+    batcher: BatcherConfig = field(default_factory=BatcherConfig)
+    limits: Limits = field(default_factory=Limits)
+    max_message_bytes: int = MAX_MESSAGE_BYTES  # each way
+    max_concurrent_rpcs: int = 256
+    host_threads: int = 2  # for tokenizing and picture coding
+    grace_s: float = 30.0  # for requests under way when the server is told to stop
+    stall_timeout_s: float = 60.0  # a caller that reads nothing for so long is dropped
+    reflection: bool = True
+
+    def __post_init__(self) -> None:
+        _check_listen(self.listen, insecure=self.insecure)
+        for name in ("max_message_bytes", "max_concurrent_rpcs", "host_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("grace_s", "stall_timeout_s"):
+            if not getattr(self, name) >= 0.0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def _check_listen(address: str, *, insecure: bool) -> None:
+    if address.startswith("unix:"):
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ConfigError(
+            f"listen must be host:port with a port of 0 to 65535, or unix:PATH, got {address!r}"
+        )
+    if not insecure and not _is_loopback(host.strip("[]")):
+        raise ConfigError(
+            f"listening on {address} would open this server to the network without TLS or "
+            f"authentication; listen on 127.0.0.1:{port} behind a proxy that has them, or say "
+            "insecure if the network is trusted"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name that may resolve to anything
+        return False
+
+
+class Server:
+    """A pipeline behind a port. Owns the batcher and the store: `stop` closes both."""
+
+    def __init__(self, pipeline: Pipeline, store: ConceptStore, config: ServerConfig) -> None:
+        self._config = config
+        self._pool = ThreadPoolExecutor(config.host_threads, thread_name_prefix="host")
+        self.batcher = Batcher(pipeline, config.batcher)
+        self._runtime = Runtime(
+            pipeline=pipeline,
+            batcher=self.batcher,
+            store=store,
+            pool=self._pool,
+            stall_timeout_s=config.stall_timeout_s,
+        )
+        self.generation = ImageGenerationService(self._runtime)
+        # The type stub lacks the asyncio half of the module.
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._server = self._make_server()
+
+    async def start(self) -> str:
+        """Listen and serve; returns the address with the port that was bound."""
+        try:
+            port = self._server.add_insecure_port(self._config.listen)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {self._config.listen}: the address is in use or is not one of "
+                "this machine; stop the other server, or choose another port (0: any free one)"
+            ) from error
+        for name in ("", *SERVICES):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        if self._config.listen.startswith("unix:"):
+            return self._config.listen
+        return f"{self._config.listen.rpartition(':')[0]}:{port}"
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Say NOT_SERVING, let requests under way finish within `grace_s`, fail the rest."""
+        await self._health.enter_graceful_shutdown()
+        await self.generation.drain(grace_s)
+        await asyncio.to_thread(self.batcher.close)
+        await self._server.stop(_FLUSH_S)
+        await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        self._runtime.store.close()
+
+    def _make_server(self) -> grpc.aio.Server:
+        limit = self._config.max_message_bytes
+        server = grpc.aio.server(
+            maximum_concurrent_rpcs=self._config.max_concurrent_rpcs,
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                ("grpc.so_reuseport", 0),  # a second server on a port must fail, not share it
+                ("grpc.keepalive_time_ms", 60_000),  # a caller that vanished frees its slot
+                ("grpc.keepalive_timeout_ms", 20_000),
+            ],
+        )
+        generation_pb2_grpc.add_ImageGenerationServiceServicer_to_server(self.generation, server)
+        concepts_pb2_grpc.add_ConceptServiceServicer_to_server(
+            ConceptService(self._runtime), server
+        )
+        server_info_pb2_grpc.add_ServerInfoServiceServicer_to_server(
+            ServerInfoService(self._runtime), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._config.reflection:
+            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        return server
+
+
+async def serve(
+    config: ServerConfig, on_ready: Callable[[str], None] = lambda _address: None
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process at once.
+
+    `on_ready` is told the address once the server listens.
+    """
+    pipeline = await asyncio.to_thread(
+        Pipeline.open,
+        config.bundle,
+        execution_provider=config.execution_provider,
+        limits=config.limits,
+    )
+    store = await asyncio.to_thread(_open_store, config.concept_dir)
+    server = Server(pipeline, store, config)
+    told_to_stop = asyncio.Event()
+    try:
+        address = await server.start()
+        _on_signals(told_to_stop.set)
+        logger.info("serving %s on %s", pipeline.bundle.manifest.model_name, address)
+        on_ready(address)
+        await told_to_stop.wait()
+        logger.info("stopping; requests under way have %g s", config.grace_s)
+    finally:
+        await server.stop(config.grace_s)
+
+
+def _open_store(concept_dir: Path | None) -> ConceptStore:
+    return ConceptStore(concept_dir) if concept_dir else ConceptStore.temporary()
+
+
+def _on_signals(stop: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+
+    def first_signal() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)  # Python's own SIGINT handler waits for threads
+        stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, first_signal)

@@ -1,0 +1,101 @@
+"""Errors of the runtime as gRPC statuses, with the details that a program can act on.
+
+The details are those of google/rpc/error_details.proto, in the trailer `grpc-status-details-bin`.
+"""
+
+import re
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from google.rpc.status_pb2 import Status
+from grpc import StatusCode
+from grpc_status import rpc_status
+
+from engine import errors
+from engine.errors import EngineError, InvalidRequest, QueueFull, UnknownConcept
+
+DOMAIN = "oneword"
+# Text of callers comes back in errors; trailers beyond some 8 KiB would break the connection.
+MAX_MESSAGE_BYTES = 800
+
+STATUS: dict[type[EngineError], StatusCode] = {
+    errors.EngineError: StatusCode.INTERNAL,
+    errors.InvalidRequest: StatusCode.INVALID_ARGUMENT,
+    errors.ConceptUnreadable: StatusCode.INVALID_ARGUMENT,
+    errors.PromptTooLong: StatusCode.INVALID_ARGUMENT,
+    errors.UnknownConcept: StatusCode.NOT_FOUND,
+    errors.ConceptExists: StatusCode.ALREADY_EXISTS,
+    errors.ConceptMismatch: StatusCode.FAILED_PRECONDITION,
+    errors.QueueFull: StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
+    errors.Cancelled: StatusCode.CANCELLED,
+    errors.ShuttingDown: StatusCode.UNAVAILABLE,
+    errors.NumericalError: StatusCode.FAILED_PRECONDITION,
+    errors.StoreError: StatusCode.UNAVAILABLE,
+    errors.ConceptDamaged: StatusCode.DATA_LOSS,
+    # Raised at start-up only; in an RPC they would be a bug of ours.
+    errors.BundleError: StatusCode.INTERNAL,
+    errors.ConfigError: StatusCode.INTERNAL,
+    errors.ProviderUnavailable: StatusCode.INTERNAL,
+}
+# Where the API calls a field otherwise than engine.requests does.
+_API_FIELDS = {"preview_every": "preview_every_steps"}
+
+
+def is_internal(error: Exception) -> bool:
+    """Whether the text of an error is none of the caller's business."""
+    return not isinstance(error, EngineError) or STATUS[type(error)] is StatusCode.INTERNAL
+
+
+def status_of(error: Exception, request_id: str) -> grpc.Status:
+    """The status of a failed call; what is a bug of ours shows the request id and nothing else."""
+    if isinstance(error, EngineError) and not is_internal(error):
+        code, message = STATUS[type(error)], _clip(str(error))
+        details = [_error_info(error), *_details(error)]
+    else:
+        code, details = StatusCode.INTERNAL, []
+        message = f"internal error; the server's log has it under request {request_id}"
+    details.append(error_details_pb2.RequestInfo(request_id=request_id))
+    number: int = code.value[0]
+    return rpc_status.to_status(
+        Status(code=number, message=message, details=[_pack(detail) for detail in details])
+    )
+
+
+def _error_info(error: EngineError) -> Message:
+    words = re.findall(r"[A-Z][a-z]+", type(error).__name__)
+    return error_details_pb2.ErrorInfo(reason="_".join(words).upper(), domain=DOMAIN)
+
+
+def _details(error: EngineError) -> list[Message]:
+    match error:
+        case InvalidRequest(field=field) if field:
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field=_API_FIELDS.get(field, field), description=_clip(str(error))
+            )
+            return [error_details_pb2.BadRequest(field_violations=[violation])]
+        case QueueFull(retry_after_s=retry_after_s):
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromMilliseconds(round(retry_after_s * 1e3))
+            return [retry]
+        case UnknownConcept(placeholder_token=token):
+            return [
+                error_details_pb2.ResourceInfo(resource_type="concept", resource_name=_clip(token))
+            ]
+        case _:
+            return []
+
+
+def _pack(detail: Message) -> Any:
+    packed = Any()
+    packed.Pack(detail)
+    return packed
+
+
+def _clip(text: str) -> str:
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= MAX_MESSAGE_BYTES:
+        return text
+    return encoded[:MAX_MESSAGE_BYTES].decode(errors="ignore") + "..."

@@ -1,0 +1,5 @@
+"""`python -m oneword` is the command `oneword`."""
+
+from oneword.cli import main
+
+raise SystemExit(main())

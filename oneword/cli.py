@@ -1,0 +1,76 @@
+"""The command `oneword`: learn, serve, generate, concepts, demo.
+
+Only the command that was asked for is imported: a client needs neither PyTorch nor ONNX Runtime.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from engine.errors import OneWordError
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+# Command -> (module with `add_arguments(parser)` and `run(arguments) -> exit code`, summary).
+COMMANDS = {
+    "learn": ("trainer.cli", "learn a word from a folder of images"),
+    "serve": ("oneword.serve", "serve a bundle over gRPC"),
+    "generate": ("oneword.generate", "draw images, from a server or in this process"),
+    "concepts": ("oneword.concepts", "import, list, show, export and delete learned words"),
+    "demo": ("oneword.demo", "teach the embedded model a word, serve it, draw a contact sheet"),
+}
+
+
+class ExtraMissing(OneWordError):
+    """A command needs packages of an extra that is not installed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; an expected failure is one line on stderr and exit code 1."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        parsed = _parser(arguments[0] if arguments else "").parse_args(arguments)
+        return parsed.run(parsed)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return EXIT_FAILED
+    except (OneWordError, OSError) as error:
+        print(f"oneword: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser with the arguments of `command`; of the others it knows the names."""
+    parser = argparse.ArgumentParser(
+        prog="oneword",
+        description="Teach a text-to-image model a new word from a few images, and serve it.",
+    )
+    version = f"oneword {importlib.metadata.version('oneword')}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (module_name, summary) in COMMANDS.items():
+        description = f"{summary[0].upper()}{summary[1:]}."
+        subparser = commands.add_parser(name, help=summary, description=description)
+        if name == command:
+            module = _import(module_name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def _import(module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name in ("torch", "diffusers", "transformers"):
+            raise ExtraMissing(
+                f"this command needs {error.name}; install it with: pip install 'oneword[train]'"
+            ) from error
+        raise

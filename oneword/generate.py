@@ -1,0 +1,199 @@
+"""`oneword generate`: one request, to a server or to a bundle in this process."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.client import Client, GenerationResult
+from engine.errors import InvalidRequest
+from engine.files import write_atomically
+from engine.images import ImageFormat
+from engine.requests import MAX_SEED, GenerationRequest
+from protos.oneword.v1 import generation_pb2
+
+_FORMATS: dict[str, ImageFormat] = {".png": "png", ".webp": "webp"}
+_WIRE_FORMATS = {
+    "png": generation_pb2.IMAGE_FORMAT_PNG,
+    "webp": generation_pb2.IMAGE_FORMAT_WEBP,
+}
+# Flags that go into the request as they are, and the largest number that each can carry.
+_NUMBERS = {
+    "width": 2**32 - 1,
+    "height": 2**32 - 1,
+    "num_images": 2**32 - 1,
+    "num_inference_steps": 2**32 - 1,
+    "seed": MAX_SEED,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags carry the names of `GenerationRequest`, and its defaults."""
+    defaults = GenerationRequest(prompt="")
+    parser.add_argument("prompt", help="text; `<word>` is a concept, `(word:1.3)` a weight")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--server", metavar="HOST:PORT", help="ask this server")
+    source.add_argument("--bundle", type=Path, help="draw in this process, without a server")
+    parser.add_argument(
+        "--concept",
+        action="append",
+        default=[],
+        metavar="FILE_OR_NAME",
+        help="a concept file to send along, or the name of one that the server stores; repeatable",
+    )
+    parser.add_argument("--negative-prompt", default=defaults.negative_prompt, metavar="TEXT")
+    parser.add_argument("--seed", type=int, help="0 to 2^64-1; default: random, and printed")
+    parser.add_argument(
+        "--num-inference-steps", type=int, default=defaults.num_inference_steps, metavar="N"
+    )
+    parser.add_argument("--sampler", default=defaults.sampler)
+    parser.add_argument(
+        "--guidance-scale", type=float, default=defaults.guidance_scale, metavar="S", help="1 = off"
+    )
+    parser.add_argument("--width", type=int, help="pixels; default: the model's own size")
+    parser.add_argument("--height", type=int, help="pixels; default: the model's own size")
+    parser.add_argument("--num-images", type=int, default=defaults.num_images, metavar="N")
+    parser.add_argument("--init-image", type=Path, help="start from this picture (image-to-image)")
+    parser.add_argument(
+        "--strength", type=float, help=f"0 to 1, with --init-image; default {defaults.strength:g}"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("oneword.png"), help=".png or .webp; several images "
+        "are numbered: x-0.png, x-1.png"
+    )  # fmt: skip
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw, write the pictures, and say what they were drawn with."""
+    request = build_request(arguments)
+    with tqdm[Any](total=1, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+        progress = _Progress(bar, arguments.num_images)
+        if arguments.server:
+            with Client(arguments.server, timeout_s=arguments.timeout) as client:
+                result = client.generate(request, on_progress=progress)
+        else:
+            result = generate_in_process(request, arguments.bundle, progress)
+    for path, content in zip(_paths(arguments.output, result), result.images, strict=True):
+        write_atomically(path, content)
+        print(path)
+    for line in describe(result.summary):
+        print(line, file=sys.stderr)
+    return 0
+
+
+def build_request(arguments: argparse.Namespace) -> generation_pb2.GenerateRequest:
+    """The flags as a request; ranges are the server's to check."""
+    request = generation_pb2.GenerateRequest(
+        prompt=arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        concepts=[_reference(concept) for concept in arguments.concept],
+        sampler=arguments.sampler,
+        guidance_scale=arguments.guidance_scale,
+        strength=arguments.strength,
+        image_format=_WIRE_FORMATS[_image_format(arguments.output)],
+    )
+    for name, largest in _NUMBERS.items():
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        if not 0 <= value <= largest:
+            flag = name.replace("_", "-")
+            raise InvalidRequest(f"--{flag} must be between 0 and {largest}, got {value}")
+        setattr(request, name, value)
+    if arguments.init_image:
+        request.init_image = arguments.init_image.read_bytes()
+    return request
+
+
+def _reference(concept: str) -> generation_pb2.ConceptReference:
+    """A file is sent along; anything else is the name of a stored concept."""
+    if not Path(concept).is_file():
+        if concept.endswith(".safetensors"):
+            raise InvalidRequest(f"no concept file at {concept}")
+        return generation_pb2.ConceptReference(placeholder_token=concept)
+    inline = generation_pb2.InlineConcept(safetensors=Path(concept).read_bytes())
+    return generation_pb2.ConceptReference(inline=inline)
+
+
+class _Progress:
+    """A bar over the steps of all images."""
+
+    def __init__(self, bar: "tqdm[Any]", num_images: int) -> None:
+        self._bar = bar
+        self._num_images = num_images
+
+    def __call__(self, progress: generation_pb2.Progress) -> None:
+        self._bar.total = progress.num_steps * self._num_images
+        self._bar.update()
+
+
+def generate_in_process(
+    request: generation_pb2.GenerateRequest, bundle: Path, on_progress: _Progress
+) -> GenerationResult:
+    """What a server would answer, without one."""
+    from engine.batcher import Batcher, Event, StepDone, generate
+    from engine.pipeline import Pipeline
+    from engine.store import ConceptStore
+    from engine.wire import Replies, image_format_from_proto, request_from_proto
+
+    pipeline = Pipeline.open(bundle)
+    store = ConceptStore.temporary()
+    batcher = Batcher(pipeline)
+    try:
+        plan = pipeline.plan(request_from_proto(request, store=store, limits=pipeline.limits))
+        replies = Replies(
+            plan=plan,
+            model_name=pipeline.bundle.manifest.model_name,
+            image_format=image_format_from_proto(request.image_format),
+        )
+
+        def listen(event: Event) -> None:
+            if isinstance(event, StepDone):
+                on_progress(replies.progress(event).progress)
+
+        images, timings = generate(batcher, plan, on_event=listen)
+        return GenerationResult(
+            request_id="",
+            images=[replies.image(image).image.image for image in images],
+            summary=replies.summary(timings).summary,
+        )
+    finally:
+        batcher.close()
+        store.close()
+
+
+def describe(summary: generation_pb2.Summary) -> list[str]:
+    """What a person wants to know of a finished request; cut text and concepts above all."""
+    seeds = ", ".join(str(seed) for seed in summary.seeds)
+    lines = [
+        f"seed {seeds}; {summary.sampler}, {summary.num_inference_steps} steps, "
+        f"guidance {summary.guidance_scale:g}, {summary.width} x {summary.height}, "
+        f"{summary.timings.total_ms / 1e3:.2f} s"
+    ]
+    for concept in summary.matched_concepts:
+        lines.append(f"concept {concept.placeholder_token} {concept.concept_id[:12]}")
+    for what, cut in (
+        ("prompt", summary.cut_prompt),
+        ("negative prompt", summary.cut_negative_prompt),
+    ):
+        if cut:
+            lines.append(f"the {what} was too long; not used: {json.dumps(cut)}")
+    return lines
+
+
+def _image_format(output: Path) -> ImageFormat:
+    if output.suffix.lower() not in _FORMATS:
+        raise InvalidRequest(f"--output must end in .png or .webp, got {str(output)!r}")
+    return _FORMATS[output.suffix.lower()]
+
+
+def _paths(output: Path, result: GenerationResult) -> list[Path]:
+    if len(result.images) == 1:
+        return [output]
+    return [
+        output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(len(result.images))
+    ]

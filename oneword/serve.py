@@ -1,0 +1,60 @@
+"""`oneword serve`: a bundle behind gRPC until it is told to stop."""
+
+import argparse
+import asyncio
+import dataclasses
+from pathlib import Path
+
+from engine.batcher import BatcherConfig
+from engine.server import ServerConfig, serve
+
+_FLAGS = {
+    "listen": "address to listen on; port 0 takes a free one",
+    "concept_dir": "folder of the stored concepts; without it they are forgotten at the end",
+    "execution_provider": "ONNX Runtime execution provider",
+    "grace_s": "seconds that requests under way get when the server is told to stop",
+}
+_BATCHER_FLAGS = {
+    "max_batch_rows": "rows of one denoiser call; guidance makes two of an image",
+    "max_images_in_flight": "images that advance together",
+    "max_queued_images": "images that may wait; more are refused",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags carry the names of `ServerConfig` and `BatcherConfig`, and their defaults."""
+    parser.add_argument("--bundle", type=Path, required=True, help="folder by build_engines.py")
+    _add_flags(parser, ServerConfig, _FLAGS)
+    _add_flags(parser, BatcherConfig, _BATCHER_FLAGS)
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="listen beyond this machine although there is no TLS and no authentication",
+    )
+    parser.add_argument("--no-reflection", dest="reflection", action="store_false")
+
+
+def _add_flags(parser: argparse.ArgumentParser, config: type, flags: dict[str, str]) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, summary in flags.items():
+        default = defaults[name]
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=Path if default is None else type(default),
+            default=default,
+            help=summary + ("" if default is None else f" (default: {default})"),
+        )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    batcher = BatcherConfig(**{name: getattr(arguments, name) for name in _BATCHER_FLAGS})
+    config = ServerConfig(
+        bundle=arguments.bundle,
+        batcher=batcher,
+        insecure=arguments.insecure,
+        reflection=arguments.reflection,
+        **{name: getattr(arguments, name) for name in _FLAGS},
+    )
+    # The line that scripts wait for; everything else goes to the log on stderr.
+    asyncio.run(serve(config, lambda address: print(f"listening on {address}", flush=True)))
+    return 0

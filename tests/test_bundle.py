@@ -1,0 +1,37 @@
+"""A bundle is whole, or it is refused with both sides of the mismatch."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.bundle import Bundle
+from engine.errors import BundleError
+
+
+def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="bundle.json is missing; make one with"):
+        Bundle.open(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "name", ["denoiser.onnx", "token_embedding.safetensors", "samplers.safetensors"]
+)
+def test_a_corrupted_bundle_is_refused(emoji_bundle_path: Path, tmp_path: Path, name: str) -> None:
+    for file in emoji_bundle_path.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).symlink_to(file)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} is corrupted: SHA-256"):
+        Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format_version": 99}', '{"format_version": 1}']
+)
+def test_a_broken_manifest_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "bundle.json").write_text(content)
+    with pytest.raises(BundleError, match="bundle.json"):
+        Bundle.open(tmp_path)

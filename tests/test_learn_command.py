@@ -1,0 +1,205 @@
+"""`oneword learn` as a user meets it: files in, a concept out, and no run lost on the way."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from PIL import Image
+
+from engine.concepts import Concept, read_concept
+from engine.errors import ConceptUnreadable
+from engine.files import sha256_of_file
+from tests.tiny_model import make_tiny_model
+from trainer import cli
+from trainer.errors import CheckpointError, Diverged, LearningError
+from trainer.learning import LearnOptions, LearnState, learn
+from trainer.model import load_model
+from trainer.sampling import sample_images
+from trainer.splicing import text_spec
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    return make_tiny_model(path, max_tokens=40, unet_channels=(8, 16), latent_size=8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for seed in range(2):
+        values = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{seed}.png")
+    return folder
+
+
+def _arguments(model: Path, folder: Path, *more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    output = folder.parent / "out" / "cat.safetensors"
+    fixed = [str(folder), "--model", str(model), "--output", str(output)]
+    fixed += ["--placeholder-token", "<cat>", "--steps", "6", "--batch-size", "2"]
+    return parser.parse_args([*fixed, "--eval-every", "2", "--device", "cpu", *more])
+
+
+def test_defaults_of_the_command_are_those_of_the_options(model_path: Path, folder: Path) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    parsed = vars(
+        parser.parse_args(["i", "--model", "m", "--output", "o", "--placeholder-token", "<x>"])
+    )
+    names = LearnOptions.__dataclass_fields__
+    assert LearnOptions(**{name: parsed[name] for name in names}) == LearnOptions()
+
+
+def test_concept_file_holds_the_best_vectors_and_how_they_came_to_be(
+    model_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "notes.txt").write_text("not an image")
+    arguments = _arguments(model_path, folder, "--initializer-token", "red cat", "--seed", "3")
+    assert cli.run(arguments) == 0
+    concept = read_concept(arguments.output)
+    model = load_model(model_path)
+    assert concept.placeholder_token == "<cat>"
+    assert concept.embedding_fingerprint == text_spec(model).embedding_fingerprint
+    assert concept.metadata["steps"] == "6"
+    assert concept.metadata["seed"] == "3"
+    assert concept.metadata["initializer_token"] == "red cat"
+    assert json.loads(concept.metadata["image_sha256"]) == [
+        sha256_of_file(folder / "0.png"),
+        sha256_of_file(folder / "1.png"),
+    ]
+    initial = float(concept.metadata["initial_evaluation_loss"])
+    assert float(concept.metadata["final_evaluation_loss"]) <= initial
+    assert [path.name for path in arguments.output.parent.iterdir()] == ["cat.safetensors"]
+    printed = capsys.readouterr().out
+    assert "2 images, 16 x 16 pixels: 0.png, 1.png" in printed
+    assert "skipped notes.txt: not an image" in printed
+    assert f"evaluation loss {initial:.4f} -> " in printed
+
+
+class _Interrupted:
+    """`learn` as it is, until Ctrl-C comes while a step is under way."""
+
+    def __init__(self, after: int, error: BaseException) -> None:
+        self.after, self.error = after, error
+
+    def __call__(self, *positional: Any, **named: Any) -> Iterator[LearnState]:
+        for state in learn(*positional, **named):
+            yield state
+            if state.step == self.after:
+                raise self.error
+
+
+def test_interrupted_run_goes_on_to_the_same_result(
+    model_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = _arguments(model_path, folder)
+    assert cli.run(arguments) == 0
+    expected = read_concept(arguments.output)
+    arguments.output.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "learn", _Interrupted(4, KeyboardInterrupt()))
+        assert cli.run(arguments) == 130
+    assert "after step 4" in capsys.readouterr().err
+    assert not arguments.output.exists()
+    with pytest.raises(CheckpointError, match="add --resume"):
+        cli.run(arguments)
+    assert cli.run(_arguments(model_path, folder, "--resume")) == 0
+    assert read_concept(arguments.output).concept_id == expected.concept_id
+    assert [path.name for path in arguments.output.parent.iterdir()] == ["cat.safetensors"]
+
+
+def test_diverged_run_keeps_its_last_good_vectors(
+    model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = _arguments(model_path, folder)
+    monkeypatch.setattr(cli, "learn", _Interrupted(3, Diverged("step 4: loss nan")))
+    with pytest.raises(Diverged, match="step 4: loss nan; stopped after step 3.*checkpoint"):
+        cli.run(arguments)
+    monkeypatch.undo()
+    assert cli.run(_arguments(model_path, folder, "--resume")) == 0
+
+
+def test_resume_with_other_options_is_refused(
+    model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "learn", _Interrupted(2, KeyboardInterrupt()))
+        cli.run(_arguments(model_path, folder))
+    with pytest.raises(CheckpointError, match="seed is 9, it was 0"):
+        cli.run(_arguments(model_path, folder, "--resume", "--seed", "9"))
+
+
+def test_checkpoints_and_previews_come_when_due(
+    model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--checkpoint-every", "4", "--preview-every", "3"]
+    arguments = _arguments(model_path, folder, *more)
+    written: list[int] = []
+    monkeypatch.setattr(
+        cli, "write_checkpoint", lambda path, state, identity: written.append(state.step)
+    )
+    assert cli.run(arguments) == 0
+    assert written == [4]
+    previews = sorted(arguments.output.parent.glob("*.png"))
+    assert [p.name for p in previews] == [f"cat.step-0000{n}.png" for n in (0, 3, 6)]
+    with Image.open(previews[0]) as preview:
+        assert preview.size == (4 * 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--model", "/nowhere"], "no such folder"),
+        (["--device", "abacus"], "cannot use --device abacus"),
+        (["--output", "/proc/x.safetensors"], "cannot write to /proc"),
+        (["--output", "/"], "is a folder"),
+        (["--resume"], "start without --resume"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(
+    model_path: Path, folder: Path, more: list[str], message: str
+) -> None:
+    with pytest.raises(LearningError, match=message) as caught:
+        cli.run(_arguments(model_path, folder, *more))
+    assert "\n" not in str(caught.value)
+
+
+def test_placeholder_that_prompts_cannot_hold_is_refused_before_learning(
+    model_path: Path, folder: Path
+) -> None:
+    with pytest.raises(ConceptUnreadable, match="white space"):
+        cli.run(_arguments(model_path, folder, "--placeholder-token", "my cat"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_previews_are_the_images_that_diffusers_draws(model_path: Path) -> None:
+    vectors = 0.1 * torch.randn((1, 24), generator=torch.Generator().manual_seed(0))
+    concept = Concept(placeholder_token="<cat>", learned_embeddings=vectors.numpy())
+    (drawn,) = sample_images(load_model(model_path), concept, ["a photo of <cat>"], size=16, seed=5)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(str(model_path), safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_textual_inversion({"<cat>": vectors})
+    expected = pipeline(
+        "a photo of <cat>",
+        num_inference_steps=20,
+        guidance_scale=4.0,
+        width=16,
+        height=16,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    # Rounding to 8 bits may fall to either side of a half.
+    difference = np.asarray(drawn).astype(int) - np.asarray(expected).astype(int)
+    assert np.abs(difference).max() <= 1

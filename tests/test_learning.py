@@ -1,0 +1,531 @@
+"""Learning: the loss, the splice, the step, resume, and what must never happen."""
+
+import dataclasses
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor
+
+from engine.concepts import Concept
+from engine.prompts import PromptReader
+from tests.tiny_model import make_tiny_model
+from trainer.checkpoints import RunIdentity, read_checkpoint, write_checkpoint
+from trainer.diffusion_loss import (
+    NoiseSchedule,
+    add_noise,
+    diffusion_loss,
+    prediction_target,
+    stratified_timesteps,
+)
+from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
+from trainer.images import TrainingImages
+from trainer.initializer import initial_vectors, word_norm
+from trainer.latents import LatentDistribution
+from trainer.learning import LearnOptions, LearnState, learn
+from trainer.model import DiffusionModel, load_model
+from trainer.objective import Objective
+from trainer.splicing import TemplatePrompts, plain_tokenizer, text_spec
+from trainer.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES, templates_for
+
+SIZE = 16
+OPTIONS = LearnOptions(steps=6, batch_size=2, eval_every=3)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    return make_tiny_model(path, max_tokens=40, unet_channels=(8, 16), latent_size=8)
+
+
+@pytest.fixture(scope="module")
+def model(model_path: Path) -> DiffusionModel:
+    return load_model(model_path)
+
+
+@pytest.fixture
+def own_model(model_path: Path) -> DiffusionModel:
+    """A model that a test may change."""
+    return load_model(model_path)
+
+
+@pytest.fixture(scope="module")
+def images() -> TrainingImages:
+    pixels = torch.rand((3, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return TrainingImages(
+        pixels=pixels,
+        names=("a.png", "b.png", "c.png"),
+        sha256=("0" * 64, "1" * 64, "2" * 64),
+        upscaled=(),
+        skipped=(),
+    )
+
+
+def _last(model: DiffusionModel, images: TrainingImages, options: LearnOptions) -> LearnState:
+    return list(learn(model, images, options))[-1]
+
+
+def _tensors(state: LearnState) -> dict[str, Tensor]:
+    values = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_noise_and_target_are_those_of_diffusers(prediction_type: str, zero_snr: bool) -> None:
+    config: dict[str, Any] = {
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": prediction_type,
+        "rescale_betas_zero_snr": zero_snr,
+    }
+    scheduler: Any = DDPMScheduler(**config)
+    schedule = NoiseSchedule.from_config(config)
+    latents, noise = torch.randn((2, 5, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([0, 1, 500, 998, 999])
+    expected = noise
+    if prediction_type == "v_prediction":
+        expected = scheduler.get_velocity(latents, noise, timesteps)
+    # The same formula in float32; the order of operations may differ by an ulp or two.
+    torch.testing.assert_close(
+        add_noise(schedule, latents, noise, timesteps),
+        scheduler.add_noise(latents, noise, timesteps),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+    target = prediction_target(schedule, latents, noise, timesteps)
+    torch.testing.assert_close(target, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_loss_is_zero_for_a_perfect_denoiser_and_known_for_a_constant_one() -> None:
+    schedule = NoiseSchedule.from_config({"prediction_type": "epsilon"})
+    latents, noise = torch.randn((2, 3, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+
+    class Answers:
+        dtype = torch.float32
+
+        def __init__(self, answer: Tensor) -> None:
+            self.answer = answer
+
+        def __call__(self, *_: object, **__: object) -> tuple[Tensor]:
+            return (self.answer,)
+
+    def loss(answer: Tensor) -> Tensor:
+        unet: Any = Answers(answer)
+        timesteps, prompt_embeds = torch.tensor([1, 5, 900]), torch.zeros(3, 2, 2)
+        return diffusion_loss(
+            unet,
+            schedule,
+            latents=latents,
+            noise=noise,
+            timesteps=timesteps,
+            prompt_embeds=prompt_embeds,
+        )
+
+    assert loss(noise).tolist() == [0.0, 0.0, 0.0]
+    # Off by 1, 2 and 3 everywhere: 1, 4 and 9, to the rounding of float32 sums.
+    offset = torch.tensor([1.0, 2.0, 3.0])[:, None, None, None]
+    torch.testing.assert_close(loss(noise + offset), torch.tensor([1.0, 4.0, 9.0]))
+
+
+def test_timesteps_have_one_in_each_part_of_the_schedule() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        timesteps = stratified_timesteps(8, 1000, generator)
+        assert sorted((timesteps // 125).tolist()) == list(range(8))
+
+
+def test_every_timestep_is_equally_likely() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([stratified_timesteps(4, 10, generator) for _ in range(5000)])
+    counts = torch.bincount(drawn, minlength=10)
+    # 20,000 draws into ten bins: 2,000 each, deviation at most 42; six deviations.
+    assert (counts - 2000).abs().max() < 6 * 42
+
+
+# --- latents ---
+
+
+def test_latents_are_the_posterior_of_the_autoencoder(
+    model: DiffusionModel, images: TrainingImages
+) -> None:
+    encoded: Any = model.vae.encode(images.pixels)
+    posterior = encoded.latent_dist
+    latents = LatentDistribution.encode(model, images.pixels)
+    # One image at a time or all at once: the same convolutions in another order.
+    torch.testing.assert_close(latents.mean, posterior.mean * 0.3, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(latents.std, posterior.std * 0.3, rtol=1e-4, atol=1e-6)
+
+
+# --- the splice ---
+
+
+@pytest.mark.parametrize("learnable_property", ["object", "style"])
+@pytest.mark.parametrize("num_vectors", [1, 3])
+def test_splice_is_that_of_the_engine(
+    model: DiffusionModel, learnable_property: Any, num_vectors: int
+) -> None:
+    vectors = torch.randn((num_vectors, 24), generator=torch.Generator().manual_seed(0))
+    templates = templates_for(learnable_property)
+    prompts = TemplatePrompts.lay_out(model, templates, num_vectors)
+    spliced = prompts.splice(vectors, torch.arange(len(templates)))
+    concept = Concept(placeholder_token="<cat-toy>", learned_embeddings=vectors.numpy())
+    table = model.token_embedding.numpy()
+    reader = PromptReader(plain_tokenizer(model), table, text_spec(model))
+    for row, template in enumerate(templates):
+        read = reader.read(template.format("<cat-toy>"), [concept])
+        np.testing.assert_array_equal(spliced[row].numpy(), read.inputs_embeds[0])
+        assert prompts.eos_index[row] == read.eos_index[0]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("num_vectors", [1, 2])
+def test_gradient_is_that_of_rows_added_to_the_vocabulary(
+    own_model: DiffusionModel, images: TrainingImages, num_vectors: int
+) -> None:
+    """Against transformers as trainers use it: new tokens, a resized table, ids as input."""
+    prompts = TemplatePrompts.lay_out(own_model, OBJECT_TEMPLATES, num_vectors)
+    latents = LatentDistribution.encode(own_model, images.pixels)
+    objective = Objective.of(own_model, latents, prompts)
+    batch = objective.draw(4, torch.Generator().manual_seed(3))
+    vectors = 0.3 * torch.randn((num_vectors, 24), generator=torch.Generator().manual_seed(0))
+    loss, gradient = objective.loss_and_gradient(vectors, batch)
+
+    tokenizer = own_model.tokenizer
+    encoder: Any = own_model.text_encoder
+    names = [f"<new{index}>" for index in range(num_vectors)]
+    tokenizer.add_tokens(names)
+    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    table = encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        table[-num_vectors:] = vectors
+    table.requires_grad_(True)
+    texts = [OBJECT_TEMPLATES[index].format(" ".join(names)) for index in batch.templates]
+    ids = tokenizer(texts, padding="max_length", max_length=40, return_tensors="pt").input_ids
+    expected = diffusion_loss(
+        own_model.unet,
+        objective.schedule,
+        latents=batch.latents,
+        noise=batch.noise,
+        timesteps=batch.timesteps,
+        prompt_embeds=encoder(ids).last_hidden_state,
+    ).mean()
+    expected.backward()
+    assert table.grad is not None
+    # Two implementations of the same attention mask and of float32 sums.
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    scale = table.grad[-num_vectors:].abs().max().item()
+    assert scale > 0
+    torch.testing.assert_close(gradient, table.grad[-num_vectors:], rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_templates_hold_one_slot_and_no_prompt_syntax() -> None:
+    for templates in (OBJECT_TEMPLATES, STYLE_TEMPLATES):
+        assert len(set(templates)) == len(templates)
+        for template in templates:
+            assert template.count("{}") == 1
+            assert not set(template) & set("()[]:\\<>")
+
+
+def test_more_vectors_than_room_is_an_error_with_the_limit(
+    model: DiffusionModel, images: TrainingImages
+) -> None:
+    # "a photo of {}" is three tokens of the tiny model, of the 38 between BOS and EOS.
+    with pytest.raises(LearningError, match="num_vectors=36 .* 38 places.* at most 35"):
+        _last(model, images, dataclasses.replace(OPTIONS, num_vectors=36))
+    TemplatePrompts.lay_out(model, ["a photo of {}"], 35)
+
+
+# --- where the vectors start ---
+
+
+def _initial(model: DiffusionModel, text: str | None, num_vectors: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return initial_vectors(
+        model, initializer_token=text, num_vectors=num_vectors, generator=generator
+    )
+
+
+def _row(model: DiffusionModel, word: str) -> Tensor:
+    (token_id,) = model.tokenizer(word, add_special_tokens=False).input_ids
+    return model.token_embedding[token_id]
+
+
+@pytest.mark.parametrize("word", ["cat", "dog", "red", "morning"])
+def test_one_word_starts_as_that_word_no_longer_than_usual(
+    model: DiffusionModel, word: str
+) -> None:
+    row = _row(model, word)
+    expected = row * min(1.0, word_norm(model) / row.norm().item())
+    torch.testing.assert_close(_initial(model, word, 1)[0], expected)
+
+
+def test_length_of_a_word_is_the_median_over_the_words_of_templates(model: DiffusionModel) -> None:
+    words = {word for t in OBJECT_TEMPLATES + STYLE_TEMPLATES for word in t.split()} - {"{}"}
+    ids = {i for w in words for i in model.tokenizer(w, add_special_tokens=False).input_ids}
+    expected = np.median(model.token_embedding[sorted(ids)].norm(dim=1).numpy())
+    # torch takes the lower of two middle values, numpy their mean: neighbours among some 40 norms.
+    assert word_norm(model) == pytest.approx(expected, rel=0.02)
+
+
+def test_phrase_of_as_many_tokens_gives_one_each(model: DiffusionModel) -> None:
+    vectors = _initial(model, "red cat", 2)
+    for vector, word in zip(vectors, ("red", "cat"), strict=True):
+        # The nudge is 1 % of the length: the cosine falls by 1e-4 at most.
+        assert torch.cosine_similarity(vector, _row(model, word), dim=0) > 0.9998
+
+
+def test_other_phrase_gives_its_mean_to_distinct_vectors(model: DiffusionModel) -> None:
+    mean = (_row(model, "red") + _row(model, "cat")) / 2
+    vectors = _initial(model, "red cat", 3)
+    for vector in vectors:
+        assert torch.cosine_similarity(vector, mean, dim=0) > 0.9998
+    assert torch.pdist(vectors).min() > 0
+
+
+def test_no_phrase_starts_at_the_mean_of_the_vocabulary(model: DiffusionModel) -> None:
+    mean = model.token_embedding.mean(dim=0)
+    assert torch.cosine_similarity(_initial(model, None, 1)[0], mean, dim=0) > 0.9998
+
+
+@pytest.mark.parametrize("text", ["", "   "])
+def test_phrase_without_tokens_is_refused(model: DiffusionModel, text: str) -> None:
+    with pytest.raises(LearningError, match="has no tokens"):
+        _initial(model, text, 1)
+
+
+# --- the loop ---
+
+
+def test_step_is_adam_then_no_longer_than_a_word(
+    model: DiffusionModel, images: TrainingImages
+) -> None:
+    states = list(learn(model, images, OPTIONS))
+    latents = LatentDistribution.encode(model, images.pixels)
+    objective = Objective.of(model, latents, TemplatePrompts.lay_out(model, OBJECT_TEMPLATES, 1))
+    parameter = states[0].vectors.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([parameter], lr=OPTIONS.learning_rate)
+    lr_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, OPTIONS.steps)
+    generator = torch.Generator()
+    generator.set_state(states[0].rng_state)
+    for state in states[1:]:
+        batch = objective.draw(OPTIONS.batch_size, generator)
+        _, parameter.grad = objective.loss_and_gradient(parameter, batch)
+        optimizer.step()
+        lr_schedule.step()
+        with torch.no_grad():
+            longest = word_norm(model)
+            parameter.mul_(longest / parameter.norm(dim=1, keepdim=True).clamp(min=longest))
+        # PyTorch's Adam orders the bias corrections differently: a few ulp a step.
+        torch.testing.assert_close(state.vectors, parameter.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_vectors_never_grow_longer_than_a_word(
+    model: DiffusionModel, images: TrainingImages
+) -> None:
+    options = dataclasses.replace(OPTIONS, learning_rate=0.5, num_vectors=2)
+    norms = _last(model, images, options).vectors.norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((2,), word_norm(model)))
+
+
+def test_nothing_but_the_vectors_changes(model: DiffusionModel, images: TrainingImages) -> None:
+    def digest() -> str:
+        parts = [model.text_encoder, model.unet, model.vae]
+        weights = [w for part in parts for w in part.state_dict().values()]
+        hashed = hashlib.sha256()
+        for weight in [*weights, model.token_embedding]:
+            hashed.update(weight.numpy().tobytes())
+        return hashed.hexdigest()
+
+    before = digest()
+    _last(model, images, OPTIONS)
+    assert digest() == before
+    for part in (model.text_encoder, model.unet, model.vae):
+        assert all(weight.grad is None for weight in part.parameters())
+
+
+def test_global_random_state_is_neither_used_nor_changed(
+    model: DiffusionModel, images: TrainingImages
+) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = _last(model, images, OPTIONS)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(_last(model, images, OPTIONS).vectors, first.vectors)
+
+
+def test_seed_changes_the_draws_but_not_the_evaluation(
+    model: DiffusionModel, images: TrainingImages
+) -> None:
+    one, two = (
+        list(learn(model, images, dataclasses.replace(OPTIONS, seed=seed))) for seed in (1, 2)
+    )
+    assert one[0].evaluation_loss == two[0].evaluation_loss
+    assert one[1].loss != two[1].loss
+
+
+def test_learning_lowers_the_evaluation_loss(model: DiffusionModel, images: TrainingImages) -> None:
+    options = LearnOptions(steps=60, batch_size=4, eval_every=20, learning_rate=0.02)
+    state = _last(model, images, options)
+    # Random weights hardly listen to the prompt; what they hear, gradient descent finds.
+    assert state.best_evaluation_loss < state.initial_evaluation_loss
+    assert state.best_step > 0
+
+
+def test_best_vectors_are_those_of_the_lowest_evaluation(
+    model: DiffusionModel, images: TrainingImages
+) -> None:
+    options = dataclasses.replace(OPTIONS, steps=12, eval_every=2, learning_rate=0.3)
+    states = list(learn(model, images, options))
+    evaluated = {s.step: s.evaluation_loss for s in states if s.evaluation_loss is not None}
+    assert list(evaluated) == [0, 2, 4, 6, 8, 10, 12]
+    best_step = min(evaluated, key=lambda step: evaluated[step])
+    assert states[-1].best_step == best_step
+    assert states[-1].best_evaluation_loss == evaluated[best_step]
+    assert torch.equal(states[-1].best_vectors, states[best_step].vectors)
+
+
+def test_nan_is_an_error_with_step_rate_and_remedy(
+    own_model: DiffusionModel, images: TrainingImages
+) -> None:
+    states = learn(own_model, images, OPTIONS)
+    good = [next(states) for _ in range(3)][-1]
+    with torch.no_grad():
+        own_model.unet.conv_out.weight.fill_(math.nan)
+    with pytest.raises(Diverged, match=r"step 3: loss nan.*learning rate 0\.00.*lower"):
+        next(states)
+    assert good.step == 2 and good.vectors.isfinite().all()
+
+
+def test_gradient_that_stays_zero_is_an_error(
+    own_model: DiffusionModel, images: TrainingImages
+) -> None:
+    with torch.no_grad():
+        for name, weight in own_model.unet.named_parameters():
+            if ".attn2.to_v." in name:
+                weight.zero_()
+    with pytest.raises(NoGradient, match="exactly zero 5 times"):
+        _last(own_model, images, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("num_vectors", -1),
+        ("eval_every", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("learning_rate", 2.0),
+        ("seed", -1),
+        ("learnable_property", "colour"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(LearningError, match=f"{name} must be"):
+        LearnOptions(**{name: value})
+
+
+# --- checkpoints ---
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(
+    model: DiffusionModel, images: TrainingImages, tmp_path: Path
+) -> None:
+    options = LearnOptions(steps=40, batch_size=2, eval_every=15, num_vectors=2)
+    identity = RunIdentity.of(model, images, options)
+    states = list(learn(model, images, options))
+    write_checkpoint(tmp_path / "checkpoint", states[20], identity)
+    resumed = list(
+        learn(
+            model, images, options, resume_from=read_checkpoint(tmp_path / "checkpoint", identity)
+        )
+    )
+    assert [state.step for state in resumed] == list(range(21, 41))
+    for state, expected in zip(resumed, states[21:], strict=True):
+        found, wanted = _tensors(state), _tensors(expected)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert state.loss == expected.loss
+        assert state.evaluation_loss == expected.evaluation_loss
+        assert state.best_step == expected.best_step
+
+
+def test_checkpoint_of_the_first_state_can_be_read(
+    model: DiffusionModel, images: TrainingImages, tmp_path: Path
+) -> None:
+    identity = RunIdentity.of(model, images, OPTIONS)
+    first = next(learn(model, images, OPTIONS))
+    write_checkpoint(tmp_path / "checkpoint", first, identity)
+    read = read_checkpoint(tmp_path / "checkpoint", identity)
+    assert math.isnan(read.loss) and torch.equal(read.vectors, first.vectors)
+
+
+def test_checkpoint_of_another_run_is_refused_and_says_what_differs(
+    model: DiffusionModel, images: TrainingImages, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    identity = RunIdentity.of(model, images, OPTIONS)
+    write_checkpoint(path, next(learn(model, images, OPTIONS)), identity)
+    seven = {**identity.options, "seed": 7}
+    others = {
+        "seed is 7, it was 0": dataclasses.replace(identity, options=seven),
+        r"images differ \(1 now, 3 then\)": dataclasses.replace(identity, images=("f" * 64,)),
+        "model is another one": dataclasses.replace(identity, model="0" * 64),
+    }
+    for message, other in others.items():
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(path, other)
+
+
+def test_fine_tuned_model_is_another_model(
+    own_model: DiffusionModel, images: TrainingImages
+) -> None:
+    before = RunIdentity.of(own_model, images, OPTIONS).model
+    with torch.no_grad():
+        own_model.unet.conv_in.weight.add_(1e-3)
+    assert RunIdentity.of(own_model, images, OPTIONS).model != before
+
+
+def test_damaged_checkpoint_is_an_error_that_names_it(
+    model: DiffusionModel, images: TrainingImages, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    identity = RunIdentity.of(model, images, OPTIONS)
+    write_checkpoint(path, next(learn(model, images, OPTIONS)), identity)
+    whole = path.read_bytes()
+    for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"checkpoint is not a checkpoint or is damaged"):
+            read_checkpoint(path, identity)
+    with pytest.raises(CheckpointError, match="without --resume"):
+        read_checkpoint(tmp_path / "absent", identity)
+
+
+def test_failed_write_leaves_the_checkpoint_before(
+    model: DiffusionModel,
+    images: TrainingImages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "checkpoint"
+    identity = RunIdentity.of(model, images, OPTIONS)
+    states = list(learn(model, images, OPTIONS))
+    write_checkpoint(path, states[2], identity)
+
+    def fail(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint(path, states[4], identity)
+    assert read_checkpoint(path, identity).step == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]

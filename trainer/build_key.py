@@ -1,0 +1,64 @@
+"""What a bundle was built from, as one hash: equal keys, equal bundles."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.model import DiffusionModel
+
+# Raise it when the same model must give other files than before: old bundles are built again.
+EXPORTER_VERSION = 1
+PACKAGES = ("torch", "diffusers", "transformers", "onnx")
+
+
+def package_versions() -> dict[str, str]:
+    """The versions that decide what an export looks like."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def build_key(
+    model: DiffusionModel, *, precision: str, samplers: Sequence[str], max_steps: int
+) -> str:
+    """SHA-256 over weights, configs, tokenizer, options and versions.
+
+    Of the loaded parts and not of the files, so that a hub id and a folder are treated alike.
+    """
+    digest = hashlib.sha256(
+        json.dumps(
+            {
+                "exporter": EXPORTER_VERSION,
+                "precision": precision,
+                "samplers": sorted(samplers),
+                "max_steps": max_steps,
+                "versions": package_versions(),
+                "name": model.name,
+                "text_encoder": _public(model.text_encoder.config.to_dict()),
+                "unet": _public(model.unet.config),
+                "vae": _public(model.vae.config),
+                "scheduler": _public(model.scheduler_config),
+                "tokenizer": model.tokenizer.backend_tokenizer.to_str(),
+                "special_tokens": model.tokenizer.special_tokens_map,
+            },
+            sort_keys=True,
+            default=str,
+        ).encode()
+    )
+    for module in (model.text_encoder, model.unet, model.vae):
+        _update(digest, module)
+    return digest.hexdigest()
+
+
+def _public(config: Any) -> dict[str, Any]:
+    """Without the private keys: they say where the model lies, not what it is."""
+    return {key: value for key, value in dict(config).items() if not key.startswith("_")}
+
+
+def _update(digest: Any, module: nn.Module) -> None:
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())

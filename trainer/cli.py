@@ -1,0 +1,277 @@
+"""`oneword learn`: from a folder of images to a concept file."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from engine.concepts import Concept, check_placeholder_token, write_concept
+from engine.files import write_atomically
+from trainer.checkpoints import RunIdentity, read_checkpoint, write_checkpoint
+from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
+from trainer.images import TrainingImages, read_images
+from trainer.learning import LearnOptions, LearnState, learn
+from trainer.model import DiffusionModel, ModelError, load_model
+from trainer.sampling import image_size, png_bytes, sample_images
+from trainer.splicing import text_spec
+
+_DEFAULTS = LearnOptions()
+_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `oneword learn`; their defaults are those of `LearnOptions`."""
+    parser.description = "Learn a new word from a few images of one thing or style."
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder with 3 to 5 images")
+    parser.add_argument("--placeholder-token", required=True, help="the new word, such as '<cat>'")
+    parser.add_argument("--model", required=True, help="diffusers folder or hub id")
+    parser.add_argument("--revision", help="revision of a hub id")
+    parser.add_argument("--output", type=Path, required=True, help="concept file to write")
+    _add_learn_options(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT.checkpoint")
+    parser.add_argument(
+        "--checkpoint-every", type=_positive, default=100, metavar="N", help="steps (%(default)s)"
+    )
+    parser.add_argument(
+        "--preview-every", type=_positive, metavar="N", help="draw previews every N steps (never)"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="PyTorch device (%(default)s)")
+
+
+def _add_learn_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--initializer-token",
+        metavar="TEXT",
+        help="a word or phrase close to the images (the mean of the vocabulary)",
+    )
+    parser.add_argument(
+        "--learnable-property",
+        choices=("object", "style"),
+        default=_DEFAULTS.learnable_property,
+        help="what the images share (%(default)s)",
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=_DEFAULTS.learning_rate, help="(%(default)s)"
+    )
+    for name, what in (
+        ("num-vectors", "length of the new word in tokens"),
+        ("steps", "steps to learn"),
+        ("batch-size", "samples in a step"),
+        ("seed", "of all random draws"),
+        ("eval-every", "steps between two evaluations on fixed noise"),
+    ):
+        default = getattr(_DEFAULTS, name.replace("-", "_"))
+        parser.add_argument(
+            f"--{name}", type=int, metavar="N", default=default, help=f"{what} (%(default)s)"
+        )
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Learn as told, report, write the concept. Raises `EngineError` or `LearningError`.
+
+    Returns 0, or 130 after Ctrl-C, when the run has been saved and can be resumed.
+    """
+    started = time.monotonic()
+    names = [field.name for field in dataclasses.fields(LearnOptions)]
+    options = LearnOptions(**{name: getattr(arguments, name) for name in names})
+    check_placeholder_token(arguments.placeholder_token)
+    job = _Job.prepare(arguments, options)
+    try:
+        state = job.learn()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    print(job.finish(state, seconds=time.monotonic() - started))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One run of the command: everything around the loop."""
+
+    arguments: argparse.Namespace
+    options: LearnOptions
+    model: DiffusionModel
+    images: TrainingImages
+    identity: RunIdentity
+    resume_from: LearnState | None
+
+    @classmethod
+    def prepare(cls, arguments: argparse.Namespace, options: LearnOptions) -> "_Job":
+        _check_output(arguments.output)
+        checkpoint = _checkpoint_path(arguments.output)
+        if checkpoint.exists() and not arguments.resume:
+            raise CheckpointError(
+                f"{checkpoint} holds an unfinished run; add --resume to go on with it, or delete it"
+            )
+        model = _load_model(arguments)
+        images = read_images(arguments.images, size=image_size(model))
+        _report_images(images, image_size(model))
+        identity = RunIdentity.of(model, images, options)
+        return cls(
+            arguments=arguments,
+            options=options,
+            model=model,
+            images=images,
+            identity=identity,
+            resume_from=read_checkpoint(checkpoint, identity) if arguments.resume else None,
+        )
+
+    @property
+    def checkpoint(self) -> Path:
+        return _checkpoint_path(self.arguments.output)
+
+    def learn(self) -> LearnState:
+        """Run the loop to its end; whatever ends it early leaves a checkpoint."""
+        state = self.resume_from
+        try:
+            with tqdm(total=self.options.steps, initial=state.step if state else 0) as bar:
+                states = learn(self.model, self.images, self.options, resume_from=state)
+                for state in states:
+                    self._attend(state, bar)
+        except KeyboardInterrupt:
+            print(self._saved(state, "interrupted"), file=sys.stderr)
+            raise
+        except (Diverged, NoGradient) as error:
+            raise type(error)(f"{error}; {self._saved(state, 'stopped')}") from error
+        if state is None:
+            raise LearningError("the run yielded no state")
+        return state
+
+    def _attend(self, state: LearnState, bar: "tqdm[NoReturn]") -> None:
+        """What happens to a state: progress bar, preview, checkpoint."""
+        bar.update(state.step - bar.n)
+        bar.set_postfix(loss=f"{state.loss:.4f}", best=f"{state.best_evaluation_loss:.4f}")
+        every = self.arguments.preview_every
+        if every and state.step % every == 0:
+            self._write_preview(state)
+        if state.step and state.step % self.arguments.checkpoint_every == 0:
+            write_checkpoint(self.checkpoint, state, self.identity)
+
+    def _saved(self, state: LearnState | None, why: str) -> str:
+        if state is None:
+            return f"{why} before the first step; nothing to save"
+        write_checkpoint(self.checkpoint, state, self.identity)
+        return (
+            f"{why} after step {state.step}; state and best vectors are in {self.checkpoint}; "
+            "the same command with --resume goes on"
+        )
+
+    def _write_preview(self, state: LearnState) -> None:
+        concept = Concept(
+            placeholder_token=self.arguments.placeholder_token,
+            learned_embeddings=state.vectors.numpy(),
+        )
+        prompts = [f"a photo of {self.arguments.placeholder_token}"] * 4
+        drawn = sample_images(self.model, concept, prompts, size=image_size(self.model))
+        output: Path = self.arguments.output
+        path = output.with_name(f"{output.stem}.step-{state.step:05d}.png")
+        write_atomically(path, png_bytes(_side_by_side(drawn)))
+
+    def finish(self, state: LearnState, *, seconds: float) -> str:
+        """Write the concept, remove the checkpoint, and say what came out."""
+        concept = Concept(
+            placeholder_token=self.arguments.placeholder_token,
+            learned_embeddings=state.best_vectors.numpy(),
+            embedding_fingerprint=text_spec(self.model).embedding_fingerprint,
+            metadata=concept_metadata(state, self.options, self.images, self.model.name),
+        )
+        write_concept(concept, self.arguments.output)
+        self.checkpoint.unlink(missing_ok=True)
+        return (
+            f"evaluation loss {state.initial_evaluation_loss:.4f} -> "
+            f"{state.best_evaluation_loss:.4f} (step {state.best_step} of {state.step}), "
+            f"{seconds:.0f} s; wrote {self.arguments.output}"
+        )
+
+
+def concept_metadata(
+    state: LearnState, options: LearnOptions, images: TrainingImages, model_name: str
+) -> dict[str, str]:
+    """How a concept came to be, as written into its file."""
+    given = {
+        name: str(value) for name, value in dataclasses.asdict(options).items() if value is not None
+    }
+    return {
+        **given,
+        "best_step": str(state.best_step),  # whose vectors these are: the best evaluated
+        "initial_evaluation_loss": f"{state.initial_evaluation_loss:.6f}",
+        "final_evaluation_loss": f"{state.best_evaluation_loss:.6f}",
+        "image_sha256": json.dumps(images.sha256),
+        "model_name": model_name,
+        "trainer_version": _version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version() -> str:
+    try:
+        return f"oneword {version('oneword')}"
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "oneword (not installed)"
+
+
+def _checkpoint_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.checkpoint")
+
+
+def _check_output(output: Path) -> None:
+    """Find out now, not after the last step, that the output cannot be written."""
+    if output.is_dir():
+        raise LearningError(f"--output {output} is a folder; name a file, such as x.safetensors")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(probe := output.with_name(f".{output.name}.probe"), b"")
+        probe.unlink()
+    except OSError as error:
+        raise LearningError(f"cannot write to {output.parent}: {error.strerror}") from error
+
+
+def _load_model(arguments: argparse.Namespace) -> DiffusionModel:
+    try:
+        device = torch.device(arguments.device)
+        model = load_model(arguments.model, revision=arguments.revision)
+        for part in (model.text_encoder, model.unet, model.vae):
+            part.to(device)  # pyright: ignore[reportArgumentType]
+    except ModelError as error:
+        raise LearningError(str(error)) from error
+    except (RuntimeError, AssertionError) as error:
+        raise LearningError(
+            f"cannot use --device {shlex.quote(arguments.device)}: {str(error).splitlines()[0]}"
+        ) from error
+    return model
+
+
+def _report_images(images: TrainingImages, size: int) -> None:
+    print(f"{len(images.names)} images, {size} x {size} pixels: {', '.join(images.names)}")
+    for name in images.upscaled:
+        print(f"  {name} is smaller than {size} pixels and was enlarged; a larger one is better")
+    for file in images.skipped:
+        print(f"  skipped {file.name}: {file.reason}")
+
+
+def _side_by_side(images: Iterable[Image.Image]) -> Image.Image:
+    images = list(images)
+    sheet = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)))
+    left = 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width
+    return sheet

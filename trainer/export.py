@@ -1,0 +1,268 @@
+"""From a diffusers model to a bundle: export, tables, parity gate, publish; then compiled plans."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.numpy import save_file
+
+from engine.bundle import (
+    FORMAT_VERSION,
+    LATENT_RGB,
+    MANIFEST,
+    SAMPLERS,
+    TOKEN_EMBEDDING,
+    TOKENIZER,
+    Bundle,
+    ComponentSpec,
+    LatentSpec,
+    Manifest,
+    read_manifest,
+)
+from engine.errors import BundleError
+from engine.files import sha256_of_file
+from engine.plans import Target, import_tensorrt_rtx
+from engine.samplers import MAX_INFERENCE_STEPS, read_sampler_tables
+from trainer.build_job import BuildJob, Precision, Progress
+from trainer.build_key import EXPORTER_VERSION, build_key, package_versions
+from trainer.compile_plans import compile_target
+from trainer.model import DiffusionModel, load_model
+from trainer.onnx_graphs import ExportError, export_graph, graphs_of, size_multiple
+from trainer.parity import (
+    MAX_RELATIVE_ERROR,
+    MIN_PSNR_DB,
+    NUM_INFERENCE_STEPS,
+    Parity,
+    measure_parity,
+)
+from trainer.previews import fit_latent_rgb
+from trainer.sampler_tables import SAMPLERS as ALL_SAMPLERS
+from trainer.sampler_tables import build_sampler_tables
+from trainer.splicing import plain_tokenizer, text_spec
+from trainer.staging import staged_folder
+
+PARITY = "parity.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildReport:
+    """What `build_bundle` did."""
+
+    path: Path
+    manifest: Manifest
+    parity: Parity | None  # None where the bundle was there already
+    compiled: tuple[str, ...]  # targets whose plans were compiled now
+    seconds: dict[str, float]  # stage -> time
+
+    @property
+    def was_built(self) -> bool:
+        return self.parity is not None
+
+
+def build_bundle(
+    model: str | Path,
+    output: Path,
+    *,
+    precision: Precision = "fp32",
+    targets: Sequence[str] = (),
+    revision: str | None = None,
+    samplers: Sequence[str] | None = None,
+    max_steps: int = MAX_INFERENCE_STEPS,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Build the bundle of a model at `output`, unless it is there already, and plans for `targets`.
+
+    A bundle at `output` is replaced only when the new one is complete and has passed the parity
+    gate; plans of targets that are not asked for again go with the old one. A failure leaves
+    nothing behind but what was there. Raises `ModelError`, `ExportError`, `SamplerRefused`, or an
+    `EngineError` for targets.
+    """
+    parsed = list(dict.fromkeys(Target.parse(target) for target in targets))
+    if parsed:
+        import_tensorrt_rtx()  # now, and not after minutes of export
+    check_output(output)
+    job = _prepare(
+        load_model(model, revision=revision),
+        output,
+        precision,
+        tuple(ALL_SAMPLERS if samplers is None else samplers),
+        max_steps,
+        progress or (lambda stage, done, total: None),
+    )
+    parity = None
+    if not _is_current(job):
+        with staged_folder(output) as folder:
+            parity = _build(job, folder)
+    manifest = read_manifest(output)
+    compiled = [target for target in parsed if compile_target(job, manifest, target)]
+    return BuildReport(
+        path=output,
+        manifest=manifest,
+        parity=parity,
+        compiled=tuple(map(str, compiled)),
+        seconds=job.seconds,
+    )
+
+
+def check_output(output: Path) -> None:
+    """Refuse to put a bundle where something else is."""
+    if not output.exists() or (output / MANIFEST).is_file():
+        return
+    if not output.is_dir() or any(output.iterdir()):
+        kind = "a folder that is not a bundle" if output.is_dir() else "a file"
+        raise ExportError(f"{output} is {kind}; it is not overwritten: choose another --output")
+
+
+def _prepare(
+    model: DiffusionModel,
+    output: Path,
+    precision: Precision,
+    samplers: tuple[str, ...],
+    max_steps: int,
+    progress: Progress,
+) -> BuildJob:
+    if precision not in MIN_PSNR_DB:
+        raise ExportError(f"precision must be one of {', '.join(MIN_PSNR_DB)}, got {precision!r}")
+    if "ddim" not in samplers or max_steps < NUM_INFERENCE_STEPS:
+        raise ExportError(
+            f"the parity gate draws with ddim in {NUM_INFERENCE_STEPS} steps, "
+            f"samplers are {', '.join(samplers)} of at most {max_steps} steps"
+        )
+    key = build_key(model, precision=precision, samplers=samplers, max_steps=max_steps)
+    return BuildJob(
+        model=model,
+        graphs=graphs_of(model),
+        precision=precision,
+        samplers=samplers,
+        max_steps=max_steps,
+        build_key=key,
+        output=output,
+        progress=progress,
+    )
+
+
+def _is_current(job: BuildJob) -> bool:
+    """Whether a sound bundle of the same build stands at the output."""
+    try:
+        return Bundle.open(job.output).manifest.build_key == job.build_key
+    except BundleError:
+        return False
+
+
+def _build(job: BuildJob, folder: Path) -> Parity:
+    """Fill an empty folder with a bundle and put it through the parity gate."""
+    components: dict[str, ComponentSpec] = {}
+    for graph in job.graphs:
+        with job.stage(f"export {graph.name}"):
+            components[graph.name] = export_graph(graph, folder, precision=job.precision)
+    _write_tokens(job.model, folder)
+    with job.stage("previews"):
+        save_file({"latent_rgb": fit_latent_rgb(job.model)}, folder / LATENT_RGB)
+    _write_samplers(job, folder)
+    with job.stage("parity gate"):
+        manifest = _write_manifest(job, folder, components)
+        parity = measure_parity(Bundle.open(folder), job.model, job.graphs)
+        precisions = {graph.name: graph.precision(job.precision) for graph in job.graphs}
+        parity.check(precisions, job.precision)
+        _write_parity(job, folder, parity, precisions)
+        _write_manifest(job, folder, manifest.components)
+    return parity
+
+
+def _write_tokens(model: DiffusionModel, folder: Path) -> None:
+    plain_tokenizer(model).save(str(folder / TOKENIZER))
+    save_file({"token_embedding": model.token_embedding.numpy()}, folder / TOKEN_EMBEDDING)
+
+
+def _write_samplers(job: BuildJob, folder: Path) -> None:
+    with job.stage("samplers"):
+        if _has_same_samplers(job):
+            shutil.copyfile(job.output / SAMPLERS, folder / SAMPLERS)
+            return
+        build_sampler_tables(
+            job.model.scheduler_config,
+            folder / SAMPLERS,
+            names=job.samplers,
+            max_steps=job.max_steps,
+            progress=lambda done, total: job.progress("samplers", min(done, total - 1), total),
+        )
+
+
+def _has_same_samplers(job: BuildJob) -> bool:
+    """Whether the bundle that is about to be replaced has tables of the same scheduler."""
+    try:
+        manifest = read_manifest(job.output)
+        if sha256_of_file(job.output / SAMPLERS) != manifest.files[SAMPLERS]:
+            return False
+        tables = read_sampler_tables(job.output / SAMPLERS)
+    except (BundleError, OSError, KeyError):
+        return False
+    same_steps = all(len(table.init_sigma) == job.max_steps for table in tables.values())
+    versions = _versions()
+    return (
+        same_steps
+        and tuple(sorted(tables)) == tuple(sorted(job.samplers))
+        and manifest.scheduler_config == job.model.scheduler_config
+        and all(manifest.versions.get(name) == versions[name] for name in ("diffusers", "exporter"))
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {**package_versions(), "exporter": str(EXPORTER_VERSION)}
+
+
+def _write_manifest(job: BuildJob, folder: Path, components: dict[str, ComponentSpec]) -> Manifest:
+    """Write `bundle.json` over the files that are there."""
+    files = {
+        path.relative_to(folder).as_posix(): sha256_of_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    model = job.model
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        family="stable-diffusion",
+        model_name=model.name,
+        precision=job.precision,
+        prediction_type=model.prediction_type,
+        scheduler_config=model.scheduler_config,
+        text=text_spec(model),
+        latents=_latent_spec(model),
+        components=components,
+        files=files,
+        build_key=job.build_key,
+        versions=_versions(),
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _latent_spec(model: DiffusionModel) -> LatentSpec:
+    multiple = size_multiple(model.unet) * model.scale_factor
+    size = model.unet.config["sample_size"]
+    default_size = (max(size) if isinstance(size, list | tuple) else size) * model.scale_factor
+    return LatentSpec(
+        channels=model.unet.config["in_channels"],
+        scale_factor=model.scale_factor,
+        size_multiple=multiple,
+        default_size=-(-default_size // multiple) * multiple,
+        scaling_factor=model.scaling_factor,
+        shift_factor=model.shift_factor,
+    )
+
+
+def _write_parity(job: BuildJob, folder: Path, parity: Parity, precisions: dict[str, str]) -> None:
+    report = {
+        **dataclasses.asdict(parity),
+        "limits": {
+            "max_relative_error": {
+                name: MAX_RELATIVE_ERROR[precision] for name, precision in precisions.items()
+            },
+            "min_image_psnr_db": MIN_PSNR_DB[job.precision],
+        },
+    }
+    text = json.dumps(report, indent=2, sort_keys=True) + "\n"
+    (folder / PARITY).write_text(text, encoding="utf-8")

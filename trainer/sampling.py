@@ -1,0 +1,91 @@
+"""Images while learning: a small DDIM sampler for previews, with classifier-free guidance."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from jaxtyping import Float32
+from PIL import Image
+from torch import Tensor
+
+from engine.concepts import Concept
+from engine.prompts import PromptReader
+from trainer.model import DiffusionModel
+from trainer.splicing import plain_tokenizer, text_spec
+from trainer.text_encoder import TextEncoder
+
+
+def image_size(model: DiffusionModel) -> int:
+    """The side, in pixels, of the square images that the model was trained on."""
+    size = model.unet.config["sample_size"]
+    return (max(size) if isinstance(size, list | tuple) else int(size)) * model.scale_factor
+
+
+@torch.no_grad()
+def sample_images(
+    model: DiffusionModel,
+    concept: Concept,
+    prompts: Sequence[str],
+    *,
+    size: int,
+    seed: int = 0,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 4.0,
+) -> list[Image.Image]:
+    """One image of `size` pixels for each prompt, each from its own noise."""
+    negative_prompt_embeds = _encode(model, concept, [""] * len(prompts))
+    prompt_embeds = _encode(model, concept, prompts)
+    context = torch.cat([negative_prompt_embeds, prompt_embeds])
+    scheduler: Any = DDIMScheduler.from_config(model.scheduler_config)
+    scheduler.set_timesteps(num_inference_steps, device=model.unet.device)
+    latents = _noise(model, len(prompts), size, seed)
+    for timestep in scheduler.timesteps:
+        (both,) = model.unet(torch.cat([latents] * 2), timestep, context, return_dict=False)
+        unconditional, conditional = both.chunk(2)
+        noise_pred = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(noise_pred, timestep, latents, return_dict=False)[0]
+    return _decode(model, latents)
+
+
+def _encode(
+    model: DiffusionModel, concept: Concept, prompts: Sequence[str]
+) -> Float32[Tensor, "prompts tokens dim"]:
+    table = model.token_embedding.cpu().numpy()
+    reader = PromptReader(plain_tokenizer(model), table, text_spec(model), max_chunks=1)
+    inputs = [reader.read(prompt, [concept]) for prompt in prompts]
+    encoder = TextEncoder(model.text_encoder)
+    inputs_embeds = torch.from_numpy(np.concatenate([i.inputs_embeds for i in inputs]))
+    eos_index = torch.from_numpy(np.concatenate([i.eos_index for i in inputs]))
+    prompt_embeds, _ = encoder(
+        inputs_embeds.to(encoder.device, encoder.dtype), eos_index.to(encoder.device)
+    )
+    return prompt_embeds
+
+
+def _noise(
+    model: DiffusionModel, count: int, size: int, seed: int
+) -> Float32[Tensor, "count channels height width"]:
+    generator = torch.Generator().manual_seed(seed)
+    side = size // model.scale_factor
+    shape = (count, model.unet.config["in_channels"], side, side)
+    return torch.randn(shape, generator=generator).to(model.unet.device, model.unet.dtype)
+
+
+def _decode(
+    model: DiffusionModel, latents: Float32[Tensor, "count channels height width"]
+) -> list[Image.Image]:
+    decoded = latents / model.scaling_factor + model.shift_factor
+    vae: Any = model.vae
+    (pixels,) = vae.decode(decoded.to(vae.dtype), return_dict=False)
+    levels = ((pixels.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).numpy()]
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
