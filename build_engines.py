@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engine.errors import EngineError
+from engine.errors import OneWordError
 from engine.plans import CAPABILITIES
 
 if TYPE_CHECKING:
@@ -90,9 +90,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _quiet_libraries()
         from trainer.export import build_bundle
-        from trainer.model import ModelError
-        from trainer.onnx_graphs import ExportError
-        from trainer.sampler_fit import SamplerRefused
     except ImportError as error:
         return fail(
             f"{error}; building needs PyTorch and diffusers: `pip install oneword[train,cpu]`"
@@ -108,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
             revision=options.revision,
             progress=Progress(),
         )
-    except (EngineError, ModelError, ExportError, SamplerRefused, OSError) as error:
+    except (OneWordError, OSError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
         return fail("interrupted; nothing was published")

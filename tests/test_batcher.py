@@ -162,7 +162,8 @@ def test_a_newcomer_joins_at_the_next_step(open_batcher: Open, model: FakeModel)
     assert model.in_step.wait(WAIT_S)
     batcher.submit(plan(2, seed=2), second)  # while the first is inside its first step
     model.gate.set()
-    first.last(), second.last()
+    first.last()
+    second.last()
     assert model.calls == [[1], [1, 2], [1, 2], [1], [1], [1]]
 
 

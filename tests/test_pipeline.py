@@ -1,5 +1,6 @@
 """The runtime against diffusers and transformers, on the embedded model, image for image."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -171,7 +172,7 @@ def test_same_image_to_image_as_diffusers(
     picture = decode_image((ROOT / "examples/concepts/fox/0.png").read_bytes())
     side = pipeline.bundle.manifest.latents.default_size
     picture = np.asarray(Image.fromarray(picture).resize((side, side)))
-    image_to_image = StableDiffusionImg2ImgPipeline(
+    image_to_image: Any = StableDiffusionImg2ImgPipeline(
         **reference.components, requires_safety_checker=False
     )
     image_to_image.set_progress_bar_config(disable=True)
@@ -274,7 +275,7 @@ def transformers_outputs(
         names = [f"{concept.placeholder_token}_{i}" for i in range(concept.num_vectors)]
         tokenizer.add_tokens(names)
         model.resize_token_embeddings(len(tokenizer))
-        table = model.get_input_embeddings().weight.data
+        table: torch.Tensor = model.get_input_embeddings().weight.data  # pyright: ignore
         table[-len(names) :] = torch.from_numpy(concept.learned_embeddings)
         prompt = prompt.replace(concept.placeholder_token, " ".join(names))
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -338,8 +339,7 @@ def test_an_image_does_not_depend_on_its_batch(pipeline: Pipeline, concept: Conc
 
 
 def begin(pipeline: Pipeline, concept: Concept, request: GenerationRequest) -> ImageInFlight:
-    fields = {name: getattr(request, name) for name in request.__slots__}
-    return pipeline.begin(pipeline.plan(GenerationRequest(**fields | {"concepts": (concept,)})))[0]
+    return pipeline.begin(pipeline.plan(dataclasses.replace(request, concepts=(concept,))))[0]
 
 
 def step_all(pipeline: Pipeline, images: list[ImageInFlight]) -> None:
@@ -453,7 +453,7 @@ def test_bad_requests_are_refused_with_value_and_limit(
     pipeline: Pipeline, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        pipeline.plan(GenerationRequest(**{"prompt": "a dog", **fields}))
+        pipeline.plan(dataclasses.replace(GenerationRequest(prompt="a dog"), **fields))
 
 
 def test_a_concept_of_another_model_is_refused(pipeline: Pipeline) -> None:

@@ -22,7 +22,7 @@ from trainer.checkpoints import RunIdentity, read_checkpoint, write_checkpoint
 from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
 from trainer.images import TrainingImages, read_images
 from trainer.learning import LearnOptions, LearnState, learn
-from trainer.model import DiffusionModel, ModelError, load_model
+from trainer.model import DiffusionModel, load_model
 from trainer.sampling import image_size, png_bytes, sample_images
 from trainer.splicing import text_spec
 
@@ -245,14 +245,12 @@ def _check_output(output: Path) -> None:
 
 
 def _load_model(arguments: argparse.Namespace) -> DiffusionModel:
+    model = load_model(arguments.model, revision=arguments.revision)
     try:
         device = torch.device(arguments.device)
-        model = load_model(arguments.model, revision=arguments.revision)
         for part in (model.text_encoder, model.unet, model.vae):
             part.to(device)  # pyright: ignore[reportArgumentType]
-    except ModelError as error:
-        raise LearningError(str(error)) from error
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:  # unknown name, or PyTorch without it
         raise LearningError(
             f"cannot use --device {shlex.quote(arguments.device)}: {str(error).splitlines()[0]}"
         ) from error

@@ -7,8 +7,10 @@ LearningError
 `-- NoGradient          the vectors do not move: something cut the graph
 """
 
+from engine.errors import OneWordError
 
-class LearningError(Exception):
+
+class LearningError(OneWordError):
     """Base of all errors of learning."""
 
 

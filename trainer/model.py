@@ -15,6 +15,8 @@ from jaxtyping import Float32
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from engine.errors import OneWordError
+
 SUPPORTED = "supported: Stable Diffusion 1.x and 2.x (one CLIP text encoder, UNet, AutoencoderKL)"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -33,7 +35,7 @@ _UNET_EXTRA_INPUTS = (
 )
 
 
-class ModelError(Exception):
+class ModelError(OneWordError):
     """The model is missing, unreadable, or of a family that is not supported; says which."""
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from engine.bundle import ComponentSpec, TensorSpec
+from engine.errors import OneWordError
 from trainer.model import DiffusionModel
 from trainer.text_encoder import TextEncoder
 
@@ -32,7 +33,7 @@ EXTERNAL_DATA_BYTES = 512 << 20
 Axes = tuple[int | str, ...]  # a string names a dynamic axis
 
 
-class ExportError(Exception):
+class ExportError(OneWordError):
     """The bundle cannot be built, or is not right; nothing was published."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from engine.errors import OneWordError
 from engine.samplers import COLUMNS, NUM_COLUMNS, SamplerTable, StepCoefficients, step
 from trainer.scheduler_probe import (
     BASIS,
@@ -38,7 +39,7 @@ Rows = Float64[np.ndarray, "rows columns"]
 ColdRun = tuple[list[ProbeRow], int]
 
 
-class SamplerRefused(Exception):
+class SamplerRefused(OneWordError):
     """A scheduler that no table reproduces; the message names the sampler and the reason."""
 
 

@@ -1,0 +1,90 @@
+"""What a change of concept costs: splicing here, growing tokenizer and table in diffusers."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import Diffusers, OneWord, example_concept
+from engine.concepts import write_concept
+from engine.store import ConceptStore
+
+NUM_CONCEPTS = 1000
+NUM_REQUESTS = 100
+
+
+def measure(oneword: OneWord, diffusers: Diffusers) -> dict[str, Any]:
+    """Median ms of: laying one concept into its slots; reading a whole prompt with one of 1,000
+    stored concepts; diffusers' `load_textual_inversion` and unload of one concept."""
+    return {
+        "oneword_splice_ms": _splice_ms(oneword),
+        "oneword_read_prompt_ms": _read_prompt_ms(oneword),
+        "diffusers_load_and_unload_ms": _load_ms(diffusers),
+    }
+
+
+def _median_ms(call: Callable[[int], object], count: int) -> float:
+    times: list[float] = []
+    for index in range(count):
+        started = time.perf_counter()
+        call(index)
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def _splice_ms(oneword: OneWord) -> float:
+    """The difference that a concept makes: the same prompt with it and with a plain word."""
+    reader = oneword.pipeline.reader
+    read = reader.read("<x>", [oneword.concept])
+    (row, position, _), embeds = read.slots[0], read.inputs_embeds
+    vectors = oneword.concept.learned_embeddings
+
+    def splice(_: int) -> None:
+        embeds[row, position : position + len(vectors)] = vectors
+
+    return _median_ms(splice, 10_000)
+
+
+def _read_prompt_ms(oneword: OneWord) -> float:
+    """Look one of 1,000 stored concepts up, tokenize, splice: all that a concept costs."""
+    dim = oneword.pipeline.bundle.manifest.text.dim
+    store = ConceptStore.temporary()
+    for index in range(NUM_CONCEPTS):
+        concept = example_concept(dim, seed=index)
+        store.import_concept(
+            type(concept)(
+                placeholder_token=f"<c{index}>", learned_embeddings=concept.learned_embeddings
+            )
+        )
+    picks = np.random.default_rng(0).choice(NUM_CONCEPTS, NUM_REQUESTS)
+
+    def read(index: int) -> None:
+        token = f"<c{picks[index]}>"
+        oneword.pipeline.reader.read(f"a photo of {token}", [store.find_by_token(token)])
+
+    try:
+        return _median_ms(read, NUM_REQUESTS)
+    finally:
+        store.close()
+
+
+def _load_ms(diffusers: Diffusers) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "learned_embeds.safetensors"
+        dim = diffusers.pipe.text_encoder.config.hidden_size
+        concept = example_concept(dim)
+        write_concept(
+            type(concept)(placeholder_token="<new>", learned_embeddings=concept.learned_embeddings),
+            path,
+            "diffusers",
+        )
+
+        def load(_: int) -> None:
+            diffusers.pipe.load_textual_inversion(str(path))
+            diffusers.pipe.unload_textual_inversion("<new>")
+
+        return _median_ms(load, 20)
