@@ -1,4 +1,4 @@
-"""Contact sheets: rows of pictures with captions, for people to look at."""
+"""Contact sheets: panels of pictures with captions, for people to look at."""
 
 import io
 import textwrap
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 SIDE = 160  # pixels of a picture on the sheet
 MARGIN = 10
 TITLE_HEIGHT = 26
-CAPTION_HEIGHT = 34
+CAPTION_HEIGHT = 42
 CAPTION_CHARACTERS = 26  # a line of a caption
 INK = (30, 30, 30)
 PALE_INK = (110, 110, 110)
@@ -25,27 +25,32 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Panel:
     """Pictures side by side under a title."""
 
     title: str
     pictures: Sequence[Picture]
 
 
-def draw_contact_sheet(rows: Sequence[Row]) -> Image.Image:
-    """One row below the other, all pictures scaled to one size."""
-    columns = max(len(row.pictures) for row in rows)
-    row_height = TITLE_HEIGHT + SIDE + CAPTION_HEIGHT
-    width = MARGIN + columns * (SIDE + MARGIN)
-    sheet = Image.new("RGB", (width, MARGIN + len(rows) * row_height), "white")
+def draw_contact_sheet(bands: Sequence[Sequence[Panel]]) -> Image.Image:
+    """Bands from top to bottom, the panels of a band side by side; all pictures of one size."""
+    band_height = TITLE_HEIGHT + SIDE + CAPTION_HEIGHT
+    width = MARGIN + max(sum(map(_panel_width, band)) for band in bands)
+    sheet = Image.new("RGB", (width, MARGIN + len(bands) * band_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, row in enumerate(rows):
-        top = MARGIN + index * row_height
-        draw.text((MARGIN, top), row.title, INK, ImageFont.load_default(15))
-        for column, picture in enumerate(row.pictures):
-            left = MARGIN + column * (SIDE + MARGIN)
-            _draw_picture(sheet, draw, picture, left, top + TITLE_HEIGHT)
+    for index, band in enumerate(bands):
+        left, top = MARGIN, MARGIN + index * band_height
+        for panel in band:
+            draw.text((left, top), panel.title, INK, ImageFont.load_default(15))
+            for column, picture in enumerate(panel.pictures):
+                at = left + column * (SIDE + MARGIN)
+                _draw_picture(sheet, draw, picture, at, top + TITLE_HEIGHT)
+            left += _panel_width(panel)
     return sheet
+
+
+def _panel_width(panel: Panel) -> int:
+    return len(panel.pictures) * (SIDE + MARGIN) + 2 * MARGIN
 
 
 def _draw_picture(

@@ -24,14 +24,16 @@ from engine.client import Client, GenerationResult
 from engine.concepts import Concept, read_concept
 from engine.errors import OneWordError
 from engine.files import write_atomically
-from oneword.contact_sheet import Picture, Row, draw_contact_sheet
+from oneword.contact_sheet import Panel, Picture, draw_contact_sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path("models/emoji")
-IMAGES = Path("examples/concepts/teddy-bear")
-INITIALIZER_TOKEN = "bear"
-PLACEHOLDER_TOKEN = "<toy>"
-SETTINGS: dict[str, Any] = {"sampler": "ddim", "num_inference_steps": 20, "guidance_scale": 4.0}
+IMAGES = Path("examples/concepts/fox")
+INITIALIZER_TOKEN = "animal"
+PLACEHOLDER_TOKEN = "<fox>"
+NUM_VECTORS = 4  # the embedded model is small: one vector holds too little
+LEARNED, CONTRAST = PLACEHOLDER_TOKEN, f"an {INITIALIZER_TOKEN}"
+SETTINGS: dict[str, Any] = {"sampler": "ddim", "num_inference_steps": 20, "guidance_scale": 3.0}
 CONCURRENT_REQUESTS = 8
 SERVER_START_TIMEOUT_S = 60.0
 
@@ -39,30 +41,30 @@ SERVER_START_TIMEOUT_S = 60.0
 PROMPTS = (
     ("the word alone", ("a photo of {}",) * 4),
     (
-        "on other backgrounds",
+        "other backgrounds",
         (
             "a photo of {} on a blue background",
             "a photo of {} on a green background",
-            "a photo of {} on a yellow background",
-            "a photo of {} on a black background",
+            "{} on a black background",
+            "{} on grass under a blue sky",
         ),
     ),
     (
-        "in another style",
+        "another style",
         (
             "a flat drawing of {}",
-            "a small {} on a striped background",
-            "a rendering of {} on grass under a blue sky",
+            "{} on a striped background",
+            "a close-up photo of {}",
             "a painting of {} at night",
         ),
     ),
     (
         "with another object",
         (
-            "{} and a red apple",
-            "{} next to a house",
-            "a car and {}",
-            "{} and a rose on a pink background",
+            "a photo of {} and a red apple",
+            "a photo of {} and a house",
+            "a photo of a car and {}",
+            "a photo of {} and a frog on a white background",
         ),
     ),
 )
@@ -98,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise DemoFailed(f"no model at {ROOT / MODEL}; run the demo from a checkout of the project")
     output: Path = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    concept_path, bundle = output / "toy.safetensors", ROOT / "build" / "emoji"
+    concept_path, bundle = output / "fox.safetensors", ROOT / "build" / "emoji"
     stages = Stages()
     with stages.stage("learn"):
         _learn(concept_path)
@@ -113,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         with stages.stage("stop server"):
             _stop(server)
     concept = read_concept(concept_path)
-    draw_contact_sheet(_rows(results)).save(output / "contact-sheet.png")
+    draw_contact_sheet(_bands(results)).save(output / "contact-sheet.png")
     summary = json.dumps(_summary(concept, results, stages), indent=2) + "\n"
     write_atomically(output / "summary.json", summary.encode())
     print(f"{output / 'contact-sheet.png'}\n{output / 'summary.json'}")
@@ -124,8 +126,8 @@ def _learn(concept_path: Path) -> None:
     resume = ["--resume"] if Path(f"{concept_path}.checkpoint").exists() else []
     _run(
         *("-m", "oneword", "learn", IMAGES, "--placeholder-token", PLACEHOLDER_TOKEN),
-        *("--initializer-token", INITIALIZER_TOKEN, "--model", MODEL, "--output", concept_path),
-        *resume,
+        *("--initializer-token", INITIALIZER_TOKEN, "--num-vectors", str(NUM_VECTORS)),
+        *("--model", MODEL, "--output", concept_path, *resume),
     )
 
 
@@ -164,16 +166,16 @@ class _Shot:
     """One image to ask for."""
 
     group: str
+    word: str
     prompt: str
     seed: int
 
 
 def _shots() -> list[_Shot]:
-    words = (PLACEHOLDER_TOKEN, f"a {INITIALIZER_TOKEN}")
     return [
-        _Shot(group, prompt.format(word), seed)
+        _Shot(group, word, prompt.format(word), seed)
         for group, prompts in PROMPTS
-        for word in words
+        for word in (LEARNED, CONTRAST)
         for seed, prompt in enumerate(prompts)
     ]
 
@@ -192,19 +194,26 @@ def _generate(address: str, concept_path: Path) -> dict[_Shot, GenerationResult]
     return dict(zip(shots, results, strict=True))
 
 
-def _rows(results: dict[_Shot, GenerationResult]) -> list[Row]:
+def _bands(results: dict[_Shot, GenerationResult]) -> list[list[Panel]]:
+    """What the trainer saw, then each group of prompts with the word and with its initializer."""
     files = sorted(path for path in (ROOT / IMAGES).iterdir() if path.suffix == ".png")
-    rows = [Row("what the trainer saw", [Picture(path.read_bytes(), path.name) for path in files])]
+    seen = [Picture(path.read_bytes(), path.name) for path in files]
+    bands = [[Panel(f"what the trainer saw: {IMAGES}", seen)]]
     for group, _ in PROMPTS:
-        pictures = [
-            Picture(result.images[0], shot.prompt)
-            for shot, result in results.items()
-            if shot.group == group
-        ]
-        half = len(pictures) // 2
-        rows.append(Row(group, pictures[:half]))
-        rows.append(Row(f"for contrast: {INITIALIZER_TOKEN}", pictures[half:]))
-    return rows
+        bands.append(
+            [
+                Panel(
+                    f"{group}: {title}",
+                    [
+                        Picture(result.images[0], shot.prompt)
+                        for shot, result in results.items()
+                        if (shot.group, shot.word) == (group, word)
+                    ],
+                )
+                for title, word in ((LEARNED, LEARNED), (f"for contrast, {CONTRAST}", CONTRAST))
+            ]
+        )
+    return bands
 
 
 def _summary(
