@@ -1,14 +1,23 @@
-"""A stream of images at random arrival: every system gets the same requests at the same times."""
+"""A stream of images at random arrival: every system gets the same requests at the same times.
 
+Each system runs in a process of its own, with all cores to itself:
+    python -m benchmarks.stream SYSTEM RATE COUNT
+"""
+
+import json
 import queue
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import Diffusers, OneWord, Work
+from benchmarks.peers import ROOT, Diffusers, OneWord, Work
 from engine.batcher import Event, Failed, Finished
 
 # Requests differ in length, as those of different users do.
@@ -66,7 +75,7 @@ def to_batcher(peer: OneWord) -> Send:
 
 
 class Worker:
-    """diffusers behind a queue: one thread that takes what waits, alone or in batches.
+    """diffusers behind a queue: takes what waits, alone or in batches.
 
     A diffusers call has one step count for its batch, so only equal ones can be joined.
     """
@@ -74,45 +83,72 @@ class Worker:
     def __init__(self, peer: Diffusers, max_batch: int) -> None:
         self._peer = peer
         self._max_batch = max_batch
-        self._queue: queue.Queue[tuple[Work, Callable[[], None]] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._queue: queue.Queue[tuple[Work, Callable[[], None]]] = queue.Queue()
 
     def send(self, work: Work, done: Callable[[], None]) -> None:
         self._queue.put((work, done))
 
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
+    def run(self, count: int) -> None:
+        """Draw `count` requests, in the thread that calls: PyTorch is fastest in the main one."""
         waiting: list[tuple[Work, Callable[[], None]]] = []
-        while True:
+        while count:
             while not waiting or not self._queue.empty():
-                if (item := self._queue.get()) is None:
-                    return
-                waiting.append(item)
+                waiting.append(self._queue.get())
             steps = waiting[0][0].num_inference_steps
             batch = [w for w in waiting if w[0].num_inference_steps == steps][: self._max_batch]
             waiting = [w for w in waiting if w not in batch]
             self._peer.draw([work for work, _ in batch])
             for _, done in batch:
                 done()
+            count -= len(batch)
 
 
-def measure(
-    oneword: OneWord, diffusers: Diffusers, *, alone_ms: float, loads: Sequence[float], count: int
-) -> dict[str, Any]:
+def run_oneword(stream: Sequence[tuple[float, Work]]) -> dict[str, float]:
+    peer = OneWord()
+    peer.draw([Work(seed=0)])
+    try:
+        return replay(stream, to_batcher(peer))
+    finally:
+        peer.close()
+
+
+def run_diffusers(stream: Sequence[tuple[float, Work]], max_batch: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        peer = Diffusers(Path(folder))
+    peer.draw([Work(seed=0)] * max_batch)
+    worker = Worker(peer, max_batch)
+    result: dict[str, float] = {}
+    feeder = threading.Thread(target=lambda: result.update(replay(stream, worker.send)))
+    feeder.start()
+    worker.run(len(stream))
+    feeder.join()
+    return result
+
+
+SYSTEMS: dict[str, Callable[[Sequence[tuple[float, Work]]], dict[str, float]]] = {
+    "OneWord": run_oneword,
+    "diffusers, one by one": lambda stream: run_diffusers(stream, 1),
+    "diffusers, batches of 8": lambda stream: run_diffusers(stream, 8),
+}
+
+
+def measure(*, alone_ms: float, loads: Sequence[float], count: int) -> dict[str, Any]:
     """Replay one stream per load; a load of 1 is what diffusers can do one image at a time."""
     mean_steps = sum(STEPS) / len(STEPS)
     capacity = 1e3 / (alone_ms * mean_steps / Work(seed=0).num_inference_steps)
     results: dict[str, Any] = {"capacity_images_per_s": capacity, "loads": {}}
     for load in loads:
-        stream = make_stream(load * capacity, count)
-        row: dict[str, Any] = {"oneword": replay(stream, to_batcher(oneword))}
-        for name, max_batch in (("diffusers, one by one", 1), ("diffusers, batches of 8", 8)):
-            worker = Worker(diffusers, max_batch)
-            row[name] = replay(stream, worker.send)
-            worker.close()
-        results["loads"][f"{load:g}"] = row
+        results["loads"][f"{load:g}"] = {
+            name: _in_process_of_its_own(name, load * capacity, count) for name in SYSTEMS
+        }
     return results
+
+
+def _in_process_of_its_own(name: str, rate: float, count: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.stream", name, str(rate), str(count)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(SYSTEMS[sys.argv[1]](make_stream(float(sys.argv[2]), int(sys.argv[3])))))
