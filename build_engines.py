@@ -4,7 +4,6 @@ import argparse
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +73,8 @@ class Progress:
 
     def _draw(self, stage: str, done: int, total: int) -> None:
         if self._bar is None:
-            self._bar = tqdm[Any](
-                desc=stage, total=total, bar_format="{desc}: {n_fmt}/{total_fmt} {elapsed}"
-            )
+            bar_format = "{desc}: {n_fmt}/{total_fmt} {elapsed}"
+            self._bar = tqdm(desc=stage, total=total, bar_format=bar_format)
         self._bar.total = total
         self._bar.n = done
         self._bar.refresh()
@@ -88,7 +86,9 @@ class Progress:
 def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
-        _quiet_libraries()
+        from trainer.quiet import quiet_libraries
+
+        quiet_libraries()  # before what is imported next can say anything
         from trainer.export import build_bundle
     except ImportError as error:
         return fail(
@@ -111,15 +111,6 @@ def main(arguments: list[str] | None = None) -> int:
         return fail("interrupted; nothing was published")
     print(describe(report))
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Bars and advice of the libraries below us, before any of them is imported."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="huggingface_hub")
 
 
 def describe(report: "BuildReport") -> str:

@@ -74,7 +74,7 @@ def _time_of(concept: concepts_pb2.Concept) -> str:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    if Path(arguments.concept).is_file():
+    if is_concept_file(arguments.concept):
         concept = read_concept(Path(arguments.concept))
         num_vectors, dim = concept.learned_embeddings.shape
         metadata = concept.metadata
@@ -94,6 +94,11 @@ def _show(arguments: argparse.Namespace) -> None:
     )
 
 
+def is_concept_file(concept: str) -> bool:
+    """A name that ends like a file is one, so that a mistyped path is not looked up on a server."""
+    return Path(concept).is_file() or concept.endswith(".safetensors")
+
+
 def _print_fields(fields: Mapping[str, str]) -> None:
     width = max(map(len, fields))
     for name, value in fields.items():
@@ -101,14 +106,13 @@ def _print_fields(fields: Mapping[str, str]) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    if Path(arguments.concept).is_file():
-        content = Path(arguments.concept).read_bytes()
+    name, rename = arguments.concept, arguments.placeholder_token
+    if is_concept_file(name):
+        concept = read_concept(Path(name), placeholder_token=rename)
     else:
         with Client(arguments.server) as client:
-            content = client.export(arguments.concept)
-    concept = concept_from_bytes(
-        content, source=arguments.concept, placeholder_token=arguments.placeholder_token
-    )
+            content = client.export(name)
+        concept = concept_from_bytes(content, source=name, placeholder_token=rename)
     write_concept(concept, arguments.output, arguments.format)
     print(arguments.output)
 

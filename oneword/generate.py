@@ -9,10 +9,12 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.client import Client, GenerationResult
+from engine.concepts import concept_to_bytes, read_concept
 from engine.errors import InvalidRequest
 from engine.files import write_atomically
 from engine.images import ImageFormat
 from engine.requests import MAX_SEED, GenerationRequest
+from oneword.concepts import is_concept_file
 from protos.oneword.v1 import generation_pb2
 
 _FORMATS: dict[str, ImageFormat] = {".png": "png", ".webp": "webp"}
@@ -70,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw, write the pictures, and say what they were drawn with."""
     request = build_request(arguments)
-    with tqdm[Any](total=1, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+    bar: tqdm[Any] = tqdm(total=1, unit="step", leave=False, disable=not sys.stderr.isatty())
+    with bar:
         progress = _Progress(bar, arguments.num_images)
         if arguments.server:
             with Client(arguments.server, timeout_s=arguments.timeout) as client:
@@ -111,11 +114,10 @@ def build_request(arguments: argparse.Namespace) -> generation_pb2.GenerateReque
 
 def _reference(concept: str) -> generation_pb2.ConceptReference:
     """A file is sent along; anything else is the name of a stored concept."""
-    if not Path(concept).is_file():
-        if concept.endswith(".safetensors"):
-            raise InvalidRequest(f"no concept file at {concept}")
+    if not is_concept_file(concept):
         return generation_pb2.ConceptReference(placeholder_token=concept)
-    inline = generation_pb2.InlineConcept(safetensors=Path(concept).read_bytes())
+    content = concept_to_bytes(read_concept(Path(concept)))
+    inline = generation_pb2.InlineConcept(safetensors=content)
     return generation_pb2.ConceptReference(inline=inline)
 
 

@@ -23,6 +23,7 @@ from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
 from trainer.images import TrainingImages, read_images
 from trainer.learning import LearnOptions, LearnState, learn
 from trainer.model import DiffusionModel, load_model
+from trainer.quiet import quiet_libraries
 from trainer.sampling import image_size, png_bytes, sample_images
 from trainer.splicing import text_spec
 
@@ -90,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns 0, or 130 after Ctrl-C, when the run has been saved and can be resumed.
     """
     started = time.monotonic()
+    quiet_libraries()
     names = [field.name for field in dataclasses.fields(LearnOptions)]
     options = LearnOptions(**{name: getattr(arguments, name) for name in names})
     check_placeholder_token(arguments.placeholder_token)
