@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise DemoFailed(f"no model at {ROOT / MODEL}; run the demo from a checkout of the project")
     output: Path = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    concept_path, bundle = output / "fox.safetensors", ROOT / "build" / "emoji"
+    concept_path, bundle = _as_typed(output / "fox.safetensors"), Path("build/emoji")
     stages = Stages()
     with stages.stage("learn"):
         _learn(concept_path)
@@ -110,11 +110,11 @@ def run(arguments: argparse.Namespace) -> int:
         server, address = _start_server(bundle)
     try:
         with stages.stage("generate"):
-            results = _generate(address, concept_path)
+            results = _generate(address, ROOT / concept_path)
     finally:
         with stages.stage("stop server"):
             _stop(server)
-    concept = read_concept(concept_path)
+    concept = read_concept(ROOT / concept_path)
     draw_contact_sheet(_bands(results)).save(output / "contact-sheet.png")
     summary = json.dumps(_summary(concept, results, stages), indent=2) + "\n"
     write_atomically(output / "summary.json", summary.encode())
@@ -122,8 +122,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _as_typed(path: Path) -> Path:
+    """A path as a user in the checkout would write it."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
 def _learn(concept_path: Path) -> None:
-    resume = ["--resume"] if Path(f"{concept_path}.checkpoint").exists() else []
+    resume = ["--resume"] if (ROOT / f"{concept_path}.checkpoint").exists() else []
     _run(
         *("-m", "oneword", "learn", IMAGES, "--placeholder-token", PLACEHOLDER_TOKEN),
         *("--initializer-token", INITIALIZER_TOKEN, "--num-vectors", str(NUM_VECTORS)),
