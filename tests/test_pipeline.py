@@ -35,6 +35,8 @@ from engine.errors import ConceptMismatch, InvalidRequest
 from engine.images import decode_image
 from engine.pipeline import ImageInFlight, Pipeline
 from engine.requests import GenerationRequest, RgbImage
+from engine.sessions import OnnxSession
+from engine.store import ConceptStore
 from tests.conftest import EMOJI_MODEL, ROOT
 
 # What a user writes in diffusers for each of our samplers; `_karras` adds use_karras_sigmas.
@@ -378,27 +380,39 @@ def test_images_of_a_request_are_those_of_its_seeds(
 # No rebuild -------------------------------------------------------------------------------------
 
 
-def test_many_concepts_share_the_sessions(
-    pipeline: Pipeline, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+def test_a_thousand_concepts_share_the_sessions(
+    emoji_bundle_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    created: list[object] = []
-    monkeypatch.setattr("engine.bundle.OnnxSession", lambda *a, **_: created.append(a))
+    opened: list[Path] = []
+
+    class CountedSession(OnnxSession):
+        def __init__(self, model_path: Path, **options: Any) -> None:
+            opened.append(model_path)
+            super().__init__(model_path, **options)
+
+    monkeypatch.setattr("engine.bundle.OnnxSession", CountedSession)
+    pipeline = Pipeline.open(emoji_bundle_path)
+    batcher, store = Batcher(pipeline), ConceptStore.temporary()
     dim = pipeline.bundle.manifest.text.dim
     table = pipeline.bundle.token_embedding.tobytes()
+    for index in range(1000):
+        store.import_concept(random_concept(f"<c{index}>", 1, dim, seed=index))
     pictures = {
         draw(
             pipeline,
             batcher,
             GenerationRequest(
-                prompt="a <x>",
-                concepts=(random_concept("<x>", 1, dim, seed=seed),),
+                prompt=f"a <c{index}>",
+                concepts=(store.find_by_token(f"<c{index}>"),),
                 num_inference_steps=2,
             ),
         )[0].tobytes()
-        for seed in range(100)
+        for index in range(0, 1000, 10)
     }
+    batcher.close()
+    store.close()
     assert len(pictures) == 100, "every word must change the picture"
-    assert created == []
+    assert len(opened) == len(pipeline.bundle.manifest.components), "once, and never again"
     assert pipeline.bundle.token_embedding.tobytes() == table
 
 
