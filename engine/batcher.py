@@ -88,12 +88,16 @@ class Model(Protocol):
     def decode(self, images: Sequence[ImageInFlight]) -> list[RgbImage]: ...
     def preview(self, image: ImageInFlight) -> RgbImage | None: ...
 
+    def row_cost(self, image: ImageInFlight) -> float:
+        """Memory of one of its rows in a call, relative to the model's own size; at least 1."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatcherConfig:
     """How much the batcher takes at a time. Flags of `oneword serve` carry these names."""
 
-    max_batch_rows: int = 16  # rows of one denoiser call; guidance makes two of an image
+    max_batch_rows: int = 16  # rows of one call at the model's own size; fewer of larger images
     max_images_in_flight: int = 8
     max_queued_images: int = 64  # waiting for a slot; more are refused
 
@@ -120,6 +124,11 @@ class Job:
     decode_s: float = 0.0
     denoiser_calls: int = 0
     batch_rows: int = 0
+
+    @property
+    def images_queued(self) -> int:
+        """Images that no slot has taken yet."""
+        return self.plan.request.num_images if self.waiting is None else len(self.waiting)
 
     def cancel(self) -> None:
         """Leave at the next step; a request that is already closed stays as it is."""
@@ -219,14 +228,11 @@ class Batcher:
             )
 
     def _queued_images(self) -> int:
-        return sum(
-            job.plan.request.num_images if job.waiting is None else len(job.waiting)
-            for job in self._queue
-        )
+        return sum(job.images_queued for job in self._queue)
 
     def _queued_steps(self) -> float:
         """Ticks until the images waiting now are through, if all slots are always taken."""
-        steps = sum(len(j.plan.trajectory.rows) * j.plan.request.num_images for j in self._queue)
+        steps = sum(len(job.plan.trajectory.rows) * job.images_queued for job in self._queue)
         return steps / self.config.max_images_in_flight
 
     @property
@@ -269,14 +275,14 @@ class Batcher:
     def _tick(self) -> None:
         self._drop(lambda job: job.reason_to_drop(time.monotonic()))
         self._admit()
-        for group in self._groups():
+        for group in self._groups(self._slots):
             # Cancelled or failed while an earlier group ran: leave before this call, not after it.
             group = [slot for slot in group if not (slot.job.cancelled or slot.job.closed)]
             if group:
                 self._guarded(group, self._step_group)
         self._slots = [slot for slot in self._slots if not slot.job.closed]
         done = [slot for slot in self._slots if slot.image.is_done]
-        for group in _by_shape(done):
+        for group in self._groups(done):
             self._guarded(group, self._decode_group)
         self._slots = [s for s in self._slots if not s.image.is_done and not s.job.closed]
 
@@ -318,18 +324,19 @@ class Batcher:
         job.images_left = len(images)
         return True
 
-    def _groups(self) -> list[list[_Slot]]:
-        """Slots that share a call: one shape, at most `max_batch_rows` rows."""
+    def _groups(self, slots: Sequence[_Slot]) -> list[list[_Slot]]:
+        """Slots that share a call: one shape, at most `max_batch_rows`; one image if it is huge."""
         groups: list[list[_Slot]] = []
-        for shape_group in _by_shape(self._slots):
-            rows = 0
+        for shape_group in _by_shape(slots):
+            used = 0.0
             groups.append([])
             for slot in shape_group:
-                if groups[-1] and rows + len(slot.image.weights) > self.config.max_batch_rows:
+                cost = len(slot.image.weights) * self._model.row_cost(slot.image)
+                if groups[-1] and used + cost > self.config.max_batch_rows:
                     groups.append([])
-                    rows = 0
+                    used = 0.0
                 groups[-1].append(slot)
-                rows += len(slot.image.weights)
+                used += cost
         return groups
 
     def _guarded(self, group: list[_Slot], call: Callable[[list[_Slot]], None]) -> None:
@@ -400,6 +407,7 @@ def generate(
     plan: GenerationPlan,
     *,
     on_event: Callable[[Event], None] = lambda _event: None,
+    deadline: float | None = None,
 ) -> tuple[list[ImageDone], Timings]:
     """Run one request to its end in the calling thread; raises what it failed with."""
     done = threading.Event()
@@ -411,7 +419,7 @@ def generate(
         if isinstance(event, Finished | Failed):
             done.set()
 
-    job = batcher.submit(plan, listen)
+    job = batcher.submit(plan, listen, deadline=deadline)
     try:
         done.wait()
     except BaseException:

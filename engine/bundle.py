@@ -4,6 +4,7 @@ Written by `build_engines.py` (trainer/export.py); its layout is docs/bundle.md.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from engine.files import sha256_of_file
 from engine.samplers import SamplerTable, read_sampler_tables
 from engine.sessions import OnnxSession
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 TOKEN_EMBEDDING = "token_embedding.safetensors"
@@ -91,7 +92,8 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        fields = dataclasses.asdict(self)
+        return json.dumps({**fields, "sha256": _digest(fields)}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> "Manifest":
@@ -104,6 +106,8 @@ class Manifest:
                     f"{source} has format_version {version}, this version reads {FORMAT_VERSION}; "
                     "build the bundle again with build_engines.py"
                 )
+            if fields.pop("sha256", None) != _digest(fields):
+                raise BundleError(f"{source} was changed or damaged; build the bundle again")
             fields["text"] = _strict(TextSpec, fields["text"])
             fields["latents"] = _strict(LatentSpec, fields["latents"])
             fields["components"] = {
@@ -112,6 +116,11 @@ class Manifest:
             return _strict(cls, fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{source} is not a bundle manifest: {error}") from error
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest in canonical form: the manifest lists the files, this covers it."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 _T = TypeVar("_T")

@@ -1,5 +1,6 @@
 """A blocking client of the server: what `oneword generate --server` and scripts call."""
 
+import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from protos.oneword.v1 import (
 )
 
 _PAGE_SIZE = 500
+# What gRPC says where nobody listens, as against a bad address or a connection that broke.
+_CONNECT_FAILED = re.compile("failed to connect", re.IGNORECASE)
 
 
 class ServerError(OneWordError):
@@ -151,8 +154,10 @@ class Client:
 
     def _explain(self, code: grpc.StatusCode, details: str, answered: bool) -> str:
         match code:
-            case grpc.StatusCode.UNAVAILABLE if not answered:
+            case grpc.StatusCode.UNAVAILABLE if not answered and _CONNECT_FAILED.search(details):
                 return f"no server at {self._address}; start one with `oneword serve`"
+            case grpc.StatusCode.UNAVAILABLE if not answered:
+                return f"no connection to {self._address}, or it broke; try again ({details})"
             case grpc.StatusCode.UNIMPLEMENTED:
                 return f"the server at {self._address} is not a OneWord server of this version"
             case grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -23,6 +23,15 @@ to a gRPC status; a test asserts that none is missing.
 """
 
 
+_MOST_QUOTED = 80  # characters of a caller's value in a message
+
+
+def quoted(value: str) -> str:
+    """A caller's text for a message: in quotes, escaped, and short, so that the remedy is read."""
+    text = repr(value)
+    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}...'"
+
+
 class OneWordError(Exception):
     """Whatever goes wrong for a reason that a person can mend; commands print it as one line."""
 

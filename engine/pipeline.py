@@ -45,11 +45,6 @@ class GenerationPlan:
         reports = [r for r in (self.prompt_report, self.negative_report) if r]
         return tuple({c.placeholder_token: c for r in reports for c in r.matched}.values())
 
-    @property
-    def num_rows(self) -> int:
-        """Rows that each image takes in a denoiser call."""
-        return len(self.weights)
-
 
 @dataclass(slots=True, eq=False)
 class ImageInFlight:
@@ -135,7 +130,7 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, sessions: dict[str, Session], *, limits: Limits) -> None:
         self.bundle = bundle
-        self.limits = limits
+        self.limits = limits.for_model(bundle.manifest)
         self.reader = PromptReader(bundle.tokenizer, bundle.token_embedding, bundle.manifest.text)
         self._text_encoder = TextEncoder(sessions["text_encoder"])
         self._denoiser = sessions["denoiser"]
@@ -161,12 +156,11 @@ class Pipeline:
     def plan(self, request: GenerationRequest) -> GenerationPlan:
         """Check a request and do all host work; raises what the caller can mend."""
         manifest, tables = self.bundle.manifest, self.bundle.sampler_tables
-        width, height = check_request(
+        width, height, trajectory = check_request(
             request, manifest=manifest, samplers=tables, limits=self.limits
         )
         for concept in request.concepts:
             check_fits(concept, manifest.text, model_name=manifest.model_name)
-        strength = request.strength if request.init_image is not None else 1.0
         prompt = self.reader.read(request.prompt, request.concepts)
         texts, weights = (prompt,), (1.0,)
         negative = None
@@ -179,7 +173,7 @@ class Pipeline:
             request=request,
             width=width,
             height=height,
-            trajectory=tables[request.sampler].trajectory(request.num_inference_steps, strength),
+            trajectory=trajectory,
             texts=tuple(self.reader.pad(text, num_chunks) for text in texts),
             weights=weights,
             prompt_report=prompt.report,
@@ -254,6 +248,12 @@ class Pipeline:
         """Decode finished images of one size."""
         outputs = self._vae_decoder.run({"latents": np.stack([image.latents for image in images])})
         return to_uint8(outputs["images"].astype(np.float32))
+
+    def row_cost(self, image: ImageInFlight) -> float:
+        """Memory of one row relative to the model's own size: attention grows with area squared."""
+        spec = self.bundle.manifest.latents
+        area = image.latents[0].size * spec.scale_factor**2
+        return max(1.0, (area / spec.default_size**2) ** 2)
 
     def preview(self, image: ImageInFlight) -> RgbImage | None:
         """The clean image that the model expects, one pixel per latent, by a linear map."""

@@ -9,8 +9,9 @@ takes a bracket literally; as in AUTOMATIC1111's web UI.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -23,11 +24,29 @@ from engine.errors import InvalidRequest, PromptTooLong, UnknownConcept
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_CHUNKS = 8
 MAX_WEIGHT = 10.0
-_BRACKET_FACTOR = 1.1
-_PLACEHOLDER_LIKE = re.compile(r"(?<!\\)<[^\s<>()\[\]:,\\]{1,62}>")
+MAX_NESTED_BRACKETS = 64
+_BRACKET_FACTORS = {"(": 1.1, "[": 1 / 1.1}
+_OPENING = {")": "(", "]": "["}
+# A backslash that is itself escaped escapes nothing: only pairs of them may stand before a match.
+_UNESCAPED = r"(?<!\\)(?:\\\\)*+"
+_PLACEHOLDER_LIKE = re.compile(rf"{_UNESCAPED}(?P<token><[^\s<>()\[\]:,\\]{{1,62}}>)")
+# Every repetition inside the weight is bounded, else a failed match costs the square of its length;
+# 20 digits are more than any float is printed with. ASCII: `float` refuses the dotless i of "ınf".
 _SYNTAX = re.compile(
-    r"\\.|\(|\[|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+|nan|inf)(?:e[+-]?\d+)?)\s*\)|\)|\]|[^\\()\[\]:]+|:|\\",
-    re.DOTALL | re.IGNORECASE,
+    r"""
+      \\.                                     # an escaped character
+    | [(\[]
+    | :\s{0,8}
+      (?P<weight>
+        [+-]?(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20}|nan|inf)(?:e[+-]?\d{1,3})?
+      )
+      \s{0,8}\)
+    | [)\]]
+    | [^\\()\[\]:]+                           # plain text
+    | :
+    | \\                                      # at the very end
+    """,
+    re.DOTALL | re.IGNORECASE | re.ASCII | re.VERBOSE,
 )
 
 
@@ -37,6 +56,7 @@ class Piece:
 
     text: str
     weight: float
+    origins: tuple[int, ...]  # where each character of `text` stands in the prompt
     concept: Concept | None = None
 
 
@@ -47,7 +67,7 @@ class PromptReport:
     matched: tuple[Concept, ...]  # concepts found in the prompt, in order of first use
     num_tokens: int  # tokens and concept vectors, without BOS, EOS and padding
     num_chunks: int
-    cut: str  # the text that had no room, "" when all was used
+    cut: str  # the end of the prompt, as it was written, that had no room; "" when all was used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +86,15 @@ def find_placeholders(text: str, placeholder_tokens: Sequence[str]) -> list[tupl
     """Spans (start, end, token) of the placeholders in a text, longest match first.
 
     A token that begins or ends with a letter, digit or underscore matches whole words only, so that
-    `cat` is not found in `cats`. A token behind a backslash is plain text.
+    `cat` is not found in `cats`. A token behind a backslash is plain text,
+    one behind an escaped backslash (two of them) is not.
     """
     if not placeholder_tokens:
         return []
     alternatives = sorted(set(placeholder_tokens), key=lambda token: (-len(token), token))
     pattern = "|".join(_bounded(token) for token in alternatives)
-    return [(m.start(), m.end(), m.group()) for m in re.finditer(rf"(?<!\\)(?:{pattern})", text)]
+    found = re.finditer(rf"{_UNESCAPED}(?P<token>{pattern})", text)
+    return [(*match.span("token"), match["token"]) for match in found]
 
 
 def _bounded(token: str) -> str:
@@ -83,111 +105,152 @@ def _bounded(token: str) -> str:
 
 def named_placeholders(prompt: str) -> list[str]:
     """Everything in a prompt written like a placeholder, `<word>`, in order of first use."""
-    return list(dict.fromkeys(match.group() for match in _PLACEHOLDER_LIKE.finditer(prompt)))
+    return list(dict.fromkeys(match["token"] for match in _PLACEHOLDER_LIKE.finditer(prompt)))
 
 
-def parse_prompt(prompt: str, concepts: Mapping[str, Concept]) -> list[Piece]:
+def parse_prompt(
+    prompt: str, concepts: Mapping[str, Concept], *, field: str = "prompt"
+) -> list[Piece]:
     """Split a prompt into weighted pieces of text and concepts.
 
-    Raises `UnknownConcept` for a `<word>` that is none of `concepts`, `InvalidRequest` for weights
-    that are not finite numbers between -10 and 10, `PromptTooLong` for text that no one wrote.
+    Raises, with `field` as the name of the prompt: `UnknownConcept` for a `<word>` that is none of
+    `concepts`, `InvalidRequest` for weights that are not, or do not multiply to, numbers between
+    -10 and 10 and for brackets nested too deeply, `PromptTooLong` for text that no one wrote.
     """
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise PromptTooLong(
-            f"prompt has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARACTERS}",
-            field="prompt",
+            f"{field} has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARACTERS}; "
+            "shorten it",
+            field=field,
         )
-    _refuse_unknown(prompt, concepts)
-    spans = find_placeholders(prompt, list(concepts))
-    return _merge(_weighted(prompt, spans, concepts))
+    _refuse_unknown(prompt, concepts, field)
+    brackets = _Brackets(field)
+    runs = list(_runs(prompt, concepts, brackets))
+    return [_checked(piece, field) for piece in _merge(runs, brackets.weights())]
 
 
-def _refuse_unknown(prompt: str, concepts: Mapping[str, Concept]) -> None:
+def _refuse_unknown(prompt: str, concepts: Mapping[str, Concept], field: str) -> None:
     for token in named_placeholders(prompt):
         if token not in concepts:
             known = ", ".join(sorted(concepts)[:10]) or "none"
             raise UnknownConcept(
-                f"unknown concept {token!r}; known to this request: {known}; import it, send it "
-                f"along, or write \\{token} if it is plain text",
+                f"unknown concept {token!r} in {field}; known to this request: {known}; import it, "
+                f"send it along, or write \\{token} if it is plain text",
                 placeholder_token=token,
             )
 
 
-def _weighted(
-    prompt: str, spans: Sequence[tuple[int, int, str]], concepts: Mapping[str, Concept]
-) -> list[Piece]:
-    """A1111's `parse_prompt_attention`: brackets multiply the weight of all pieces inside them."""
-    pieces: list[Piece] = []
-    open_brackets: list[tuple[str, int]] = []
-    for text, concept in _segments(prompt, spans, concepts):
-        if concept is not None:
-            pieces.append(Piece(text, 1.0, concept))
-            continue
-        for match in _SYNTAX.finditer(text):
-            _consume(match, pieces, open_brackets)
-    for bracket, start in reversed(open_brackets):  # never closed: A1111 lets it reach the end
-        _scale(pieces, start, _BRACKET_FACTOR if bracket == "(" else 1 / _BRACKET_FACTOR)
-    return pieces
+class _Brackets:
+    """The brackets of one prompt, as a tree in which parents come before children.
+
+    Number 0 is the prompt itself. A bracket has its factor from the start, so that one that is
+    never closed reaches the end, as in A1111's `parse_prompt_attention`.
+    """
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+        self._kinds = [""]
+        self._factors = [1.0]
+        self._parents = [0]
+        self._open = [0]
+
+    @property
+    def innermost(self) -> int:
+        return self._open[-1]
+
+    def read(self, match: re.Match[str]) -> bool:
+        """Follow one match of `_SYNTAX`; False where it is no bracket but text."""
+        text, weight = match.group(), match["weight"]
+        if text in _BRACKET_FACTORS:
+            self._enter(text, match.start())
+            return True
+        if self._kinds[self.innermost] != ("(" if weight else _OPENING.get(text)):
+            return False
+        if weight:
+            self._factors[self.innermost] = _weight(weight, self._field)
+        self._open.pop()
+        return True
+
+    def _enter(self, kind: str, position: int) -> None:
+        if len(self._open) > MAX_NESTED_BRACKETS:
+            raise InvalidRequest(
+                f"{self._field} has {len(self._open)} nested brackets at character {position}, the "
+                f"limit is {MAX_NESTED_BRACKETS}; close some, or write \\{kind} for a literal one",
+                field=self._field,
+            )
+        self._parents.append(self.innermost)
+        self._open.append(len(self._kinds))
+        self._kinds.append(kind)
+        self._factors.append(_BRACKET_FACTORS[kind])
+
+    def weights(self) -> list[float]:
+        """Of each bracket: its factor times those of all brackets around it."""
+        weights = [1.0]
+        for factor, parent in zip(self._factors[1:], self._parents[1:], strict=True):
+            weights.append(weights[parent] * factor)
+        return weights
 
 
-def _segments(
-    prompt: str, spans: Sequence[tuple[int, int, str]], concepts: Mapping[str, Concept]
-) -> list[tuple[str, Concept | None]]:
-    segments: list[tuple[str, Concept | None]] = []
-    position = 0
-    for start, end, token in spans:
-        segments += [(prompt[position:start], None), (token, concepts[token])]
-        position = end
-    return [*segments, (prompt[position:], None)]
-
-
-def _consume(
-    match: re.Match[str], pieces: list[Piece], open_brackets: list[tuple[str, int]]
-) -> None:
-    text, weight = match.group(), match.group("weight")
-    if text.startswith("\\") and len(text) > 1:
-        pieces.append(Piece(text[1:], 1.0))
-    elif text in "([":
-        open_brackets.append((text, len(pieces)))
-    elif weight is not None and _top(open_brackets) == "(":
-        _scale(pieces, open_brackets.pop()[1], _checked_weight(weight))
-    elif text == ")" and _top(open_brackets) == "(":
-        _scale(pieces, open_brackets.pop()[1], _BRACKET_FACTOR)
-    elif text == "]" and _top(open_brackets) == "[":
-        _scale(pieces, open_brackets.pop()[1], 1 / _BRACKET_FACTOR)
-    else:
-        pieces.append(Piece(text, 1.0))
-
-
-def _top(open_brackets: Sequence[tuple[str, int]]) -> str:
-    return open_brackets[-1][0] if open_brackets else ""
-
-
-def _scale(pieces: list[Piece], start: int, factor: float) -> None:
-    pieces[start:] = [Piece(p.text, p.weight * factor, p.concept) for p in pieces[start:]]
-
-
-def _checked_weight(text: str) -> float:
+def _weight(text: str, field: str) -> float:
     weight = float(text)
     if not -MAX_WEIGHT <= weight <= MAX_WEIGHT:
         raise InvalidRequest(
-            f"prompt weight must be between {-MAX_WEIGHT:g} and {MAX_WEIGHT:g}, got {text}",
-            field="prompt",
+            f"weight in {field} must be between {-MAX_WEIGHT:g} and {MAX_WEIGHT:g}, got {text}; "
+            "most images want 0.5 to 1.5",
+            field=field,
         )
     return weight
 
 
-def _merge(pieces: Sequence[Piece]) -> list[Piece]:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Text between two marks of syntax, or a concept, with the number of the bracket around it."""
+
+    text: str
+    origins: Sequence[int]
+    bracket: int
+    concept: Concept | None = None
+
+
+def _runs(prompt: str, concepts: Mapping[str, Concept], brackets: _Brackets) -> Iterator[_Run]:
+    position = 0
+    for start, end, token in find_placeholders(prompt, list(concepts)):
+        yield from _text_runs(prompt, position, start, brackets)
+        yield _Run(token, range(start, end), brackets.innermost, concepts[token])
+        position = end
+    yield from _text_runs(prompt, position, len(prompt), brackets)
+
+
+def _text_runs(prompt: str, start: int, end: int, brackets: _Brackets) -> Iterator[_Run]:
+    for match in _SYNTAX.finditer(prompt, start, end):
+        text, position = match.group(), match.start()
+        if len(text) == 2 and text[0] == "\\":
+            yield _Run(text[1], (position,), brackets.innermost)
+        elif not brackets.read(match):
+            yield _Run(text, range(position, match.end()), brackets.innermost)
+
+
+def _merge(runs: Sequence[_Run], weights: Sequence[float]) -> Iterator[Piece]:
     """Join neighbouring text of one weight, so that brackets do not change how words are cut."""
-    merged: list[Piece] = []
-    for piece in pieces:
-        last = merged[-1] if merged else None
-        joinable = last and last.concept is None and piece.concept is None
-        if last and joinable and last.weight == piece.weight:
-            merged[-1] = Piece(last.text + piece.text, piece.weight)
-        elif piece.text:
-            merged.append(piece)
-    return merged
+
+    def weight_and_place(run: _Run) -> tuple[float, int]:
+        return weights[run.bracket], run.origins[0] if run.concept else -1
+
+    for (weight, _), group in groupby(runs, key=weight_and_place):
+        joined = list(group)
+        origins = tuple(chain.from_iterable(run.origins for run in joined))
+        yield Piece("".join(run.text for run in joined), weight, origins, joined[0].concept)
+
+
+def _checked(piece: Piece, field: str) -> Piece:
+    if not -MAX_WEIGHT <= piece.weight <= MAX_WEIGHT:
+        raise InvalidRequest(
+            f"nested weights in {field} multiply to {piece.weight:.3g} at {piece.text[:40]!r}, must "
+            f"be between {-MAX_WEIGHT:g} and {MAX_WEIGHT:g}; take some brackets away, or write "
+            "\\( and \\[ for literal ones",
+            field=field,
+        )
+    return piece
 
 
 @dataclass(slots=True)
@@ -196,7 +259,7 @@ class _Slot:
 
     token_id: int
     weight: float
-    text: str
+    start: int  # in the prompt
     concept: Concept | None = None
 
     @property
@@ -220,16 +283,21 @@ class PromptReader:
         self._text = text
         self._max_chunks = max_chunks
 
-    def read(self, prompt: str, concepts: Sequence[Concept] = ()) -> EncoderInput:
-        """Tokenize a prompt, cut it into chunks and splice the concepts in."""
-        pieces = parse_prompt(prompt, _by_token(concepts))
+    def read(
+        self, prompt: str, concepts: Sequence[Concept] = (), *, field: str = "prompt"
+    ) -> EncoderInput:
+        """Tokenize a prompt, cut it into chunks and splice the concepts in.
+
+        Errors are those of `parse_prompt`; they call the prompt by the name of its `field`.
+        """
+        pieces = parse_prompt(prompt, _by_token(concepts), field=field)
         chunks, cut = self._fill_chunks(self._slots(pieces))
         matched = {p.concept.placeholder_token: p.concept for p in pieces if p.concept}
         report = PromptReport(
             matched=tuple(matched.values()),
             num_tokens=sum(slot.length for chunk in chunks for slot in chunk),
             num_chunks=len(chunks),
-            cut="".join(slot.text for slot in cut),
+            cut=prompt[cut.start :] if cut else "",
         )
         return self._lay_out(chunks, report)
 
@@ -252,29 +320,31 @@ class PromptReader:
         slots: list[_Slot] = []
         for piece in pieces:
             if piece.concept is not None:
-                slots.append(
-                    _Slot(self._text.eos_token_id, piece.weight, piece.text, piece.concept)
-                )
+                token_id, start = self._text.eos_token_id, piece.origins[0]
+                slots.append(_Slot(token_id, piece.weight, start, piece.concept))
                 continue
             encoding = self._tokenizer.encode(piece.text, add_special_tokens=False)
-            for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                slots.append(_Slot(token_id, piece.weight, piece.text[start:end]))
+            for token_id, (at, _) in zip(encoding.ids, encoding.offsets, strict=True):
+                slots.append(_Slot(token_id, piece.weight, piece.origins[at]))
         return slots
 
-    def _fill_chunks(self, slots: Sequence[_Slot]) -> tuple[list[list[_Slot]], list[_Slot]]:
-        """Greedy filling; a concept that does not fit into the rest of a chunk opens the next."""
+    def _fill_chunks(self, slots: Sequence[_Slot]) -> tuple[list[list[_Slot]], _Slot | None]:
+        """Greedy filling: the chunks, and the first slot that had no room.
+
+        A concept that does not fit into the rest of a chunk opens the next.
+        """
         room = self._text.max_tokens - 2
         chunks: list[list[_Slot]] = [[]]
         used = 0
-        for position, slot in enumerate(slots):
+        for slot in slots:
             if used + slot.length > room:
                 if len(chunks) == self._max_chunks:
-                    return chunks, list(slots[position:])
+                    return chunks, slot
                 chunks.append([])
                 used = 0
             chunks[-1].append(slot)
             used += slot.length
-        return chunks, []
+        return chunks, None
 
     def _lay_out(self, chunks: Sequence[Sequence[_Slot]], report: PromptReport) -> EncoderInput:
         text = self._text

@@ -1,5 +1,6 @@
 """What a caller can ask for, and what it is told: plain values, checked once."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -8,13 +9,18 @@ from jaxtyping import UInt8
 
 from engine.bundle import Manifest
 from engine.concepts import Concept
-from engine.errors import InvalidRequest
-from engine.samplers import SamplerTable
+from engine.errors import ConfigError, InvalidRequest, quoted
+from engine.samplers import SamplerTable, Trajectory
 
 MAX_SEED = 2**64 - 1
 MAX_GUIDANCE_SCALE = 100.0
 
 RgbImage = UInt8[np.ndarray, "height width 3"]
+
+# Attention needs memory with the square of the area, so the limit follows the size that the model
+# was trained at; one megapixel is enough for the family at any size.
+_MAX_SIDES = 4
+_MOST_PIXELS = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +29,22 @@ class Limits:
 
     max_images_per_request: int = 16
     max_side: int = 2048  # pixels
-    max_pixels: int = 1024 * 1024  # width * height
+    max_pixels: int | None = None  # width * height; None: chosen for the model
     max_inline_concept_bytes: int = 64 << 10
     max_concepts_per_request: int = 32
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
+    def for_model(self, manifest: Manifest) -> "Limits":
+        """With `max_pixels` known: 16 times the model's own area, at most one megapixel."""
+        if self.max_pixels is not None:
+            return self
+        largest = min((_MAX_SIDES * manifest.latents.default_size) ** 2, _MOST_PIXELS)
+        return dataclasses.replace(self, max_pixels=largest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,45 +72,34 @@ def check_request(
     manifest: Manifest,
     samplers: dict[str, SamplerTable],
     limits: Limits,
-) -> tuple[int, int]:
-    """Raise `InvalidRequest` for what cannot be served; return (width, height) in pixels."""
-    _check_sampling(request, samplers)
+) -> tuple[int, int, Trajectory]:
+    """Raise `InvalidRequest` for what cannot be served; return width, height and coefficients."""
+    _check_guidance(request.guidance_scale)
     _in_range("num_images", request.num_images, 1, limits.max_images_per_request)
     _in_range("seed", request.seed, 0, MAX_SEED)
     _in_range("preview_every", request.preview_every, 0, 1000)
     _in_range("concepts", len(request.concepts), 0, limits.max_concepts_per_request)
     width, height = _size(request, manifest)
-    multiple = manifest.latents.size_multiple
-    for name, value in (("width", width), ("height", height)):
-        _in_range(name, value, multiple, limits.max_side)
-        if value % multiple:
-            raise InvalidRequest(
-                f"{name} must be a multiple of {multiple}, got {value}; "
-                f"use {max(value // multiple * multiple, multiple)}",
-                field=name,
-            )
-    if width * height > limits.max_pixels:
-        raise InvalidRequest(
-            f"width x height must be at most {limits.max_pixels} pixels, got {width} x {height}",
-            field="width",
-        )
-    return width, height
+    _check_size(request, width, height, manifest.latents.size_multiple, limits)
+    return width, height, _trajectory(request, samplers)
 
 
-def _check_sampling(request: GenerationRequest, samplers: dict[str, SamplerTable]) -> None:
-    if request.sampler not in samplers:
-        raise InvalidRequest(
-            f"unknown sampler {request.sampler!r}; known: {', '.join(sorted(samplers))}",
-            field="sampler",
-        )
-    guidance = request.guidance_scale
+def _check_guidance(guidance: float) -> None:
     if not math.isfinite(guidance) or not 0.0 <= guidance <= MAX_GUIDANCE_SCALE:
         raise InvalidRequest(
             f"guidance_scale must be between 0 and {MAX_GUIDANCE_SCALE:g}, got {guidance}",
             field="guidance_scale",
         )
+
+
+def _trajectory(request: GenerationRequest, samplers: dict[str, SamplerTable]) -> Trajectory:
+    if request.sampler not in samplers:
+        raise InvalidRequest(
+            f"unknown sampler {quoted(request.sampler)}; known: {', '.join(sorted(samplers))}",
+            field="sampler",
+        )
     strength = request.strength if request.init_image is not None else 1.0
-    samplers[request.sampler].trajectory(request.num_inference_steps, strength)
+    return samplers[request.sampler].trajectory(request.num_inference_steps, strength)
 
 
 def _size(request: GenerationRequest, manifest: Manifest) -> tuple[int, int]:
@@ -105,6 +113,32 @@ def _size(request: GenerationRequest, manifest: Manifest) -> tuple[int, int]:
     )
 
 
-def _in_range(name: str, value: int, low: int, high: int) -> None:
+def _check_size(
+    request: GenerationRequest, width: int, height: int, multiple: int, limits: Limits
+) -> None:
+    assert limits.max_pixels is not None, "Limits.for_model has not been called"
+    hint = ""
+    if request.init_image is not None and None in (request.width, request.height):
+        found = " x ".join(str(side) for side in request.init_image.shape[1::-1])
+        hint = f" (the initial image is {found}; name width and height, and it is scaled to them)"
+    for name, value in (("width", width), ("height", height)):
+        _in_range(name, value, multiple, limits.max_side, hint)
+        if value % multiple:
+            raise InvalidRequest(
+                f"{name} must be a multiple of {multiple}, got {value}; "
+                f"use {value // multiple * multiple}",
+                field=name,
+            )
+    if width * height > limits.max_pixels:
+        raise InvalidRequest(
+            f"width x height must be at most {limits.max_pixels} pixels, "
+            f"got {width} x {height}{hint}",
+            field="width",
+        )
+
+
+def _in_range(name: str, value: int, low: int, high: int, hint: str = "") -> None:
     if not low <= value <= high:
-        raise InvalidRequest(f"{name} must be between {low} and {high}, got {value}", field=name)
+        raise InvalidRequest(
+            f"{name} must be between {low} and {high}, got {value}{hint}", field=name
+        )

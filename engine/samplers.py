@@ -82,10 +82,6 @@ class Trajectory:
     rows: tuple[StepCoefficients, ...]
     init_sigma: float  # scale of the first latents when they are pure noise
 
-    @property
-    def is_stochastic(self) -> bool:
-        return any(row.c != 0.0 for row in self.rows)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerTable:

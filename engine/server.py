@@ -73,9 +73,13 @@ def _check_listen(address: str, *, insecure: bool) -> None:
     if address.startswith("unix:"):
         return
     host, colon, port = address.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+    is_port = port.isascii() and port.isdigit() and int(port) < 1 << 16
+    # gRPC reads ::1:0 as one long address, so a host with colons must have its brackets.
+    is_host = ":" not in host or (host.startswith("[") and host.endswith("]"))
+    if not (colon and is_port and is_host):
         raise ConfigError(
-            f"listen must be host:port with a port of 0 to 65535, or unix:PATH, got {address!r}"
+            "listen must be host:port with a port of 0 to 65535 (IPv6 as [::1]:50051), "
+            f"or unix:PATH, got {address!r}"
         )
     if not insecure and not _is_loopback(host.strip("[]")):
         raise ConfigError(

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw, write the pictures, and say what they were drawn with."""
     request = build_request(arguments)
+    _check_output(arguments.output)
     bar: tqdm[Any] = tqdm(total=1, unit="step", leave=False, disable=not sys.stderr.isatty())
     with bar:
         progress = _Progress(bar, arguments.num_images)
@@ -79,7 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
             with Client(arguments.server, timeout_s=arguments.timeout) as client:
                 result = client.generate(request, on_progress=progress)
         else:
-            result = generate_in_process(request, arguments.bundle, progress)
+            result = generate_in_process(
+                request, arguments.bundle, progress, timeout_s=arguments.timeout
+            )
     for path, content in zip(_paths(arguments.output, result), result.images, strict=True):
         write_atomically(path, content)
         print(path)
@@ -134,7 +139,11 @@ class _Progress:
 
 
 def generate_in_process(
-    request: generation_pb2.GenerateRequest, bundle: Path, on_progress: _Progress
+    request: generation_pb2.GenerateRequest,
+    bundle: Path,
+    on_progress: _Progress,
+    *,
+    timeout_s: float | None = None,
 ) -> GenerationResult:
     """What a server would answer, without one."""
     from engine.batcher import Batcher, Event, StepDone, generate
@@ -157,7 +166,8 @@ def generate_in_process(
             if isinstance(event, StepDone):
                 on_progress(replies.progress(event).progress)
 
-        images, timings = generate(batcher, plan, on_event=listen)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        images, timings = generate(batcher, plan, on_event=listen, deadline=deadline)
         return GenerationResult(
             request_id="",
             images=[replies.image(image).image.image for image in images],
@@ -191,6 +201,14 @@ def _image_format(output: Path) -> ImageFormat:
     if output.suffix.lower() not in _FORMATS:
         raise InvalidRequest(f"--output must end in .png or .webp, got {str(output)!r}")
     return _FORMATS[output.suffix.lower()]
+
+
+def _check_output(output: Path) -> None:
+    """Find out now, not after the last step, that the pictures cannot be written."""
+    if output.is_dir():
+        raise InvalidRequest(f"--output {output} is a folder; name a file in it")
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise InvalidRequest(f"--output {output}: {output.parent} is not a folder to write to")
 
 
 def _paths(output: Path, result: GenerationResult) -> list[Path]:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from engine.batcher import BatcherConfig
+from engine.requests import Limits
 from engine.server import ServerConfig, serve
 
 _FLAGS = {
@@ -15,7 +16,8 @@ _FLAGS = {
     "grace_s": "seconds that requests under way get when the server is told to stop",
 }
 _BATCHER_FLAGS = {
-    "max_batch_rows": "rows of one denoiser call; guidance makes two of an image",
+    "max_batch_rows": "rows of one call at the model's own size (guidance makes two of an image); "
+    "fewer of larger images",
     "max_images_in_flight": "images that advance together",
     "max_queued_images": "images that may wait; more are refused",
 }
@@ -26,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, help="folder by build_engines.py")
     _add_flags(parser, ServerConfig, _FLAGS)
     _add_flags(parser, BatcherConfig, _BATCHER_FLAGS)
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        help="width x height of one image (default: 16 times the model's own, at most 1048576)",
+    )
     parser.add_argument(
         "--insecure",
         action="store_true",
@@ -51,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = ServerConfig(
         bundle=arguments.bundle,
         batcher=batcher,
+        limits=Limits(max_pixels=arguments.max_pixels),
         insecure=arguments.insecure,
         reflection=arguments.reflection,
         **{name: getattr(arguments, name) for name in _FLAGS},

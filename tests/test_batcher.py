@@ -71,7 +71,7 @@ class FakeModel:
         return ImageInFlight(
             seed=seed,
             trajectory=plan.trajectory,
-            prompt_embeds=np.zeros((plan.num_rows, 4, 2), np.float32),
+            prompt_embeds=np.zeros((len(plan.weights), 4, 2), np.float32),
             weights=np.array(plan.weights, np.float32),
             generator=TorchGenerator(seed),
             latents=np.full((1, plan.height, plan.width), seed, np.float32),
@@ -90,6 +90,9 @@ class FakeModel:
 
     def decode(self, images: Sequence[ImageInFlight]) -> list[RgbImage]:
         return [np.full((2, 2, 3), int(i.latents[0, 0, 0]) % 256, np.uint8) for i in images]
+
+    def row_cost(self, image: ImageInFlight) -> float:
+        return max(1.0, (image.latents.size / 64) ** 2)
 
     def preview(self, image: ImageInFlight) -> RgbImage | None:
         return np.full((1, 1, 3), image.steps_done, np.uint8)
@@ -181,6 +184,15 @@ def test_images_of_different_shapes_never_share_a_call(
 
 def test_a_call_takes_no_more_rows_than_allowed(open_batcher: Open, model: FakeModel) -> None:
     generate(open_batcher(max_batch_rows=4), plan(2, num_images=5, rows=2))
+    assert max(len(call) for call in model.calls) == 2
+
+
+def test_large_images_take_more_room_in_a_call(open_batcher: Open, model: FakeModel) -> None:
+    # Twice the side is four times the area, and 16 times the memory of attention.
+    generate(open_batcher(max_batch_rows=16), plan(2, num_images=3, rows=1, side=16))
+    assert {len(call) for call in model.calls} == {1}
+    model.calls.clear()
+    generate(open_batcher(max_batch_rows=32), plan(2, num_images=3, rows=1, side=16))
     assert max(len(call) for call in model.calls) == 2
 
 

@@ -1,5 +1,6 @@
 """A bundle is whole, or it is refused with both sides of the mismatch."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,20 @@ def test_a_corrupted_bundle_is_refused(emoji_bundle_path: Path, tmp_path: Path, 
     (tmp_path / name).unlink()
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BundleError, match=f"{name} is corrupted: SHA-256"):
+        Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("precision", '"fp16"'), ("scale_factor", "4"), ("eos_token_id", "99999")]
+)
+def test_a_manifest_that_was_changed_is_refused(
+    emoji_bundle_path: Path, tmp_path: Path, field: str, value: str
+) -> None:
+    text = (emoji_bundle_path / "bundle.json").read_text()
+    changed = re.sub(rf'"{field}": [^,\n]+', f'"{field}": {value}', text)
+    assert changed != text
+    (tmp_path / "bundle.json").write_text(changed)
+    with pytest.raises(BundleError, match="bundle.json was changed or damaged"):
         Bundle.open(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The command as it is typed: the calls of the README, and what goes wrong in one line."""
 
+import argparse
 import re
 import shutil
 import signal
@@ -15,6 +16,8 @@ from safetensors.numpy import load_file
 
 from engine.concepts import Concept, concept_to_bytes, read_concept, write_concept
 from engine.images import read_parameters
+from oneword import concepts as oneword_concepts
+from protos.oneword.v1 import concepts_pb2
 from tests.conftest import EMOJI_MODEL, ROOT
 
 TIMEOUT_S = 120.0
@@ -136,6 +139,56 @@ def test_export_for_diffusers_needs_no_server(concept_path: Path, tmp_path: Path
     assert token == "<x>"
 
 
+HOSTILE = {
+    "note": "red\x1b[31m",
+    "two": "a\nconcept_id  false",
+    "concept_id": "false",
+    "\x9bk": "v",
+}
+
+
+def test_a_file_cannot_command_the_terminal_or_fake_a_field(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    vectors = np.ones((1, 4), np.float32)
+    concept = Concept(placeholder_token="<x>", learned_embeddings=vectors, metadata=HOSTILE)
+    write_concept(concept, path)
+    shown = oneword("concepts", "show", path).stdout
+    assert all(character.isprintable() for character in shown.replace("\n", ""))
+    fields = dict(line.split(maxsplit=1) for line in shown.splitlines())
+    assert fields["concept_id"] == concept.concept_id
+    assert fields["metadata.concept_id"] == "false"
+    assert fields["metadata.note"] == r"red\x1b[31m"
+    assert fields["metadata.two"] == r"a\nconcept_id  false"
+    assert fields[r"metadata.\x9bk"] == "v"
+
+
+def test_a_server_cannot_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = concepts_pb2.Concept(
+        placeholder_token="<\x1b[2J>",
+        concept_id="\x1b]0;title\x07",
+        embedding_fingerprint="f\nf",
+        metadata=HOSTILE,
+    )
+    reply = concepts_pb2.ImportConceptResponse(concept=hostile, changed=True)
+    monkeypatch.setattr("engine.client.Client.get", lambda *_: hostile)
+    monkeypatch.setattr("engine.client.Client.list", lambda *_: iter([hostile]))
+    monkeypatch.setattr("engine.client.Client.import_concept", lambda *_, **__: reply)
+    parser = argparse.ArgumentParser()
+    oneword_concepts.add_arguments(parser)
+    for words in (["show", "<x>"], ["list"]):
+        oneword_concepts.run(parser.parse_args(words))
+        printed = capsys.readouterr().out
+        assert all(character.isprintable() for character in printed.replace("\n", ""))
+        assert r"<\x1b[2J>" in printed
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "\U0001f600" * 200, "a\0b"], ids=ascii)
+def test_what_cannot_be_a_file_is_a_name(name: str) -> None:
+    assert not oneword_concepts.is_concept_file(name)
+
+
 def test_many_concepts_and_requests_share_one_server(server: str) -> None:
     """1,000 concepts stored, 100 requests with different ones: every one changes the picture."""
     from engine.client import Client
@@ -188,6 +241,25 @@ def test_bad_flags_are_refused(server: str, tmp_path: Path, words: list[str], me
     done = oneword("generate", "a dog", "--server", server, *words, *output, expect=1)
     assert done.stderr.startswith("oneword: ")
     assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_said_before_drawing(
+    server: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    for output, message in (("folder.png", "is a folder"), ("none/x.png", "is not a folder to")):
+        words = ("--server", server, "--output", tmp_path / output)
+        assert message in oneword("generate", "a dog", *words, expect=1).stderr
+
+
+def test_a_timeout_holds_without_a_server_too(emoji_bundle_path: Path, tmp_path: Path) -> None:
+    done = oneword(
+        *("generate", "a dog", "--bundle", emoji_bundle_path, "--num-inference-steps", "100"),
+        *("--sampler", "heun", "--timeout", "0.05", "--output", tmp_path / "x.png"),
+        expect=1,
+    )
+    assert "the deadline passed" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,6 @@
 """Concept files: what is read, what is written, and what is refused."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -70,6 +71,77 @@ def test_one_vector_without_an_axis_is_read(dtype: type) -> None:
     assert read.learned_embeddings.dtype == np.float32
 
 
+def bfloat16(values: np.ndarray) -> bytes:
+    """A file of one concept whose tensor holds the upper halves of float32 numbers."""
+    data = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+    return safetensors_of("BF16", values.shape, data)
+
+
+def safetensors_of(dtype: str, shape: tuple[int, ...], data: bytes) -> bytes:
+    tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}
+    header = json.dumps({"<x>": tensor}).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def test_bfloat16_is_read() -> None:
+    exact = np.array([[1.0, -2.5, 0.0, 3.0e38], [2.0**-120, 1e-40, -0.0, 0.15625]], np.float32)
+    exact = (exact.view(np.uint32) & 0xFFFF0000).view(np.float32)  # what bfloat16 can hold
+    read = concept_from_bytes(bfloat16(exact), source="test").learned_embeddings
+    np.testing.assert_array_equal(read.view(np.uint32), exact.view(np.uint32))
+
+
+def test_a_bfloat16_infinity_is_refused() -> None:
+    with pytest.raises(ConceptUnreadable, match="infinite"):
+        concept_from_bytes(bfloat16(np.full((1, 6), np.inf, np.float32)), source="test")
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "U8", "BOOL"])
+def test_other_numbers_are_refused_by_their_name(dtype: str) -> None:
+    with pytest.raises(ConceptUnreadable, match=f"holds {dtype} values.*convert it to float32"):
+        concept_from_bytes(safetensors_of(dtype, (1, 6), bytes(6)), source="test")
+
+
+@pytest.mark.parametrize(
+    "version", ["oneword-concept/2", "oneword-concept/", "oneword-concept/1.1"]
+)
+def test_a_file_of_another_version_is_refused(version: str) -> None:
+    content = save({"text_encoder": VECTORS}, metadata={"format": version})
+    for rename in (None, "<x>"):
+        with pytest.raises(ConceptUnreadable, match=f"'{version}'.*reads 'oneword-concept/1'"):
+            concept_from_bytes(content, source="test", placeholder_token=rename)
+
+
+def test_the_id_is_the_digest_that_the_documentation_says() -> None:
+    """In other words than the code: shape as two int64, then the values, all little-endian."""
+    content = b"".join(number.to_bytes(8, "little") for number in (2, 6))
+    content += b"".join(struct.pack("<f", value) for row in VECTORS for value in row)
+    assert concept().concept_id == hashlib.sha256(content).hexdigest()
+
+
+def header_of(content: bytes) -> tuple[dict[str, str], bytes]:
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length])["__metadata__"], content[8 + length :]
+
+
+def test_the_model_spec_hash_is_that_of_the_tensor_bytes() -> None:
+    metadata, tensors = header_of(concept_to_bytes(concept()))
+    assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(tensors).hexdigest()}"
+
+
+def test_an_architecture_is_told_where_it_is_known_and_kept() -> None:
+    assert "modelspec.architecture" not in header_of(concept_to_bytes(concept()))[0]
+    told = {"modelspec.architecture": "stable-diffusion-v2-512/textual-inversion"}
+    content = concept_to_bytes(concept(metadata=told))
+    assert header_of(content)[0]["modelspec.architecture"] == told["modelspec.architecture"]
+    assert concept_from_bytes(content, source="test").metadata == told
+
+
+def test_what_is_derived_cannot_be_said_otherwise() -> None:
+    false = {"modelspec.title": "other", "placeholder_token": "<other>", "format": "other"}
+    read = concept_from_bytes(concept_to_bytes(concept(metadata=false)), source="test")
+    assert (read.placeholder_token, read.metadata) == ("<x>", {})
+
+
 def test_the_id_is_of_the_vectors_not_of_the_name() -> None:
     assert concept().concept_id == concept(placeholder_token="<other>").concept_id
     assert concept().concept_id != concept(learned_embeddings=VECTORS.reshape(3, 4)).concept_id
@@ -134,9 +206,12 @@ def test_a_broken_file_is_refused(content: bytes) -> None:
         ({"<x>": np.zeros((0, 6), np.float32)}, "0 vectors"),
         ({"<x>": np.zeros((200, 6), np.float32)}, "200 vectors"),
         ({"<x>": np.zeros((1, 2, 3), np.float32)}, r"shape \[1, 2, 3\]"),
-        ({"<x>": np.zeros((1, 6), np.int8)}, "int8"),
+        ({"<x>": np.zeros((1, 6), np.int8)}, "holds I8 values"),
         ({"clip_l": VECTORS, "clip_g": VECTORS}, "2 tensors"),
         ({"emb_params": VECTORS}, "does not say its placeholder"),
+        ({"text_encoder": VECTORS}, "does not say its placeholder"),
+        ({"clip_l": VECTORS}, "does not say its placeholder"),
+        ({"clip_g": VECTORS}, "does not say its placeholder"),
         ({"../../etc/passwd ": VECTORS}, "not allowed"),
         ({"a" * 65: VECTORS}, "1 to 64 characters, got 65"),
     ],
@@ -148,10 +223,30 @@ def test_contents_that_are_no_concept_are_refused(
         concept_from_bytes(save(tensors), source="test")
 
 
-@pytest.mark.parametrize("token", ["", "a b", "a\nb", "(x)", "x:1", "a\u202eb", "x\0y", "\\x"])
+@pytest.mark.parametrize(
+    "token",
+    ["", "a b", "a\nb", "(x)", "x:1", "a\u202eb", "x\0y", "\\x"]
+    + ["<a<b>", "<c>>", "my<cat>toy", "cat>toy", "<<a>", "a<"]
+    + [f"<{blank}>" for blank in "\u3164\u115f\u1160\uffa0\u2800\u034f\ufe00\ufe0f\u17b4"]
+    + [f"<a{blank}>" for blank in "\U000e0100\U000e01ef\u180b\u180f\u2028\u2029\u3000\xa0\x85"]
+    + ["<\ue000>", "<\u0378>", "<\ud800>", "<\u200d>"],
+    ids=ascii,
+)
 def test_names_that_could_be_mistaken_are_refused(token: str) -> None:
     with pytest.raises(ConceptUnreadable, match="placeholder token"):
         concept(placeholder_token=token)
+
+
+@pytest.mark.parametrize(
+    "token", ["<x>", "cat", "<\u732b>", "<\u00e9>", "<\U0001f600>", "<a", "b>", "a/b"]
+)
+def test_names_that_look_like_what_they_are_can_be_used(token: str) -> None:
+    assert concept(placeholder_token=token).placeholder_token == token
+
+
+def test_a_name_that_another_spelling_looks_like_is_refused() -> None:
+    with pytest.raises(ConceptUnreadable, match="NFC"):
+        concept(placeholder_token="<e\u0301>")
 
 
 def test_a_file_too_large_is_refused_unread(tmp_path: Path) -> None:

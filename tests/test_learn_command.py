@@ -13,11 +13,11 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from PIL import Image
 
 from engine.concepts import Concept, read_concept
-from engine.errors import ConceptUnreadable
+from engine.errors import ConceptUnreadable, OneWordError
 from engine.files import sha256_of_file
 from tests.tiny_model import make_tiny_model
 from trainer import cli
-from trainer.errors import CheckpointError, Diverged, LearningError
+from trainer.errors import CheckpointError, Diverged
 from trainer.learning import LearnOptions, LearnState, learn
 from trainer.model import load_model
 from trainer.sampling import sample_images
@@ -172,7 +172,7 @@ def test_checkpoints_and_previews_come_when_due(
 def test_what_cannot_work_is_said_in_one_line(
     model_path: Path, folder: Path, more: list[str], message: str
 ) -> None:
-    with pytest.raises(LearningError, match=message) as caught:
+    with pytest.raises(OneWordError, match=message) as caught:
         cli.run(_arguments(model_path, folder, *more))
     assert "\n" not in str(caught.value)
 

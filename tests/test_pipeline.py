@@ -439,6 +439,19 @@ print(images[0].image.shape)
     assert done.stdout.strip() == "(64, 64, 3)"
 
 
+def test_the_largest_size_that_is_accepted_is_served(pipeline: Pipeline, batcher: Batcher) -> None:
+    largest = pipeline.limits.max_pixels
+    assert largest
+    side = int(largest**0.5)
+    request = GenerationRequest(
+        prompt="a dog", width=side, height=side, num_inference_steps=1, num_images=2
+    )
+    assert [image.shape for image in draw(pipeline, batcher, request)] == [(side, side, 3)] * 2
+    wider = side + pipeline.bundle.manifest.latents.size_multiple
+    with pytest.raises(InvalidRequest, match=f"at most {largest} pixels, got {wider} x {side}"):
+        pipeline.plan(dataclasses.replace(request, width=wider))
+
+
 # Bad input --------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from engine.images import read_parameters
 from engine.requests import GenerationRequest, Limits
 from engine.server import Server, ServerConfig
 from engine.status import STATUS, status_of
-from engine.store import ConceptStore
+from engine.store import ConceptStore, StoredConcept
 from engine.streams import MAX_WAITING_STEPS, EventStream
 from protos.oneword.v1 import concepts_pb2, generation_pb2, server_info_pb2
 from protos.oneword.v1.concepts_pb2_grpc import ConceptServiceStub
@@ -157,6 +157,12 @@ def details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
                 for any_ in status.details
             }
     raise AssertionError("no details")
+
+
+def field_of(error: grpc.aio.AioRpcError) -> str:
+    """The field that a refusal of the request names."""
+    (violation,) = details(error)["google.rpc.BadRequest"].field_violations
+    return violation.field
 
 
 # Streams
@@ -403,11 +409,14 @@ UNREADABLE = {
 async def test_an_unreadable_concept_is_an_invalid_argument(
     served: Harness, content: bytes
 ) -> None:
-    error = await served.refusal(prompt="<cat-toy>", concepts=[inline(content)])
+    sound = inline(SOUND)
+    error = await served.refusal(prompt="<cat-toy>", concepts=[sound, inline(content)])
     assert error.code() == StatusCode.INVALID_ARGUMENT
+    assert field_of(error) == "concepts[1]"
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await served.concepts.ImportConcept(concepts_pb2.ImportConceptRequest(content=content))
     assert caught.value.code() == StatusCode.INVALID_ARGUMENT
+    assert field_of(caught.value) in ("content", "placeholder_token")
     assert await served.generate(prompt="a cat")  # and the server lives
 
 
@@ -435,6 +444,7 @@ async def test_a_reference_that_says_nothing_sound_is_an_invalid_argument(
 ) -> None:
     error = await served.refusal(prompt="a cat", concepts=[reference])
     assert error.code() == StatusCode.INVALID_ARGUMENT
+    assert field_of(error) == "concepts[0]"
 
 
 async def test_inline_concepts_end_at_their_limit(start_server: StartServer) -> None:
@@ -456,7 +466,7 @@ async def test_a_request_may_name_so_many_concepts_and_no_more(served: Harness) 
     for fields in (
         {"concepts": references},
         {"concepts": references[:4], "prompt": "<c9>"},
-        {"prompt": " ".join(f"<c{index}>" for index in range(10_000))},
+        {"prompt": " ".join(f"<c{index}>" for index in range(1_000))},
     ):
         error = await served.refusal(**fields)
         assert error.code() == StatusCode.INVALID_ARGUMENT
@@ -470,6 +480,8 @@ async def test_a_request_may_name_so_many_concepts_and_no_more(served: Harness) 
     ("fields", "field"),
     [
         ({"prompt": "x" * (1 << 20)}, "prompt"),
+        ({"prompt": "<a>" * 10_000}, "prompt"),
+        ({"negative_prompt": "<a>" * 10_000}, "negative_prompt"),
         ({"prompt": "(cat:nan)"}, "prompt"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_inference_steps": 10**9}, "num_inference_steps"),
@@ -500,10 +512,22 @@ async def test_what_the_caller_can_mend_names_the_field(
 ) -> None:
     error = await served.refusal(**fields)
     assert error.code() == StatusCode.INVALID_ARGUMENT
-    (violation,) = details(error)["google.rpc.BadRequest"].field_violations
-    assert violation.field == field
+    assert field_of(error) == field
     assert details(error)["google.rpc.ErrorInfo"].domain == "oneword"
     assert served.denoiser.num_calls == 0
+
+
+async def test_a_prompt_too_long_is_refused_before_it_is_searched(served: Harness) -> None:
+    """15 MB of different placeholders are some 2 million look-ups, if anyone looks."""
+    prompt = "".join(f"<a{index}>" for index in range(1_500_000))
+    error = await served.refusal(prompt=prompt)
+    assert details(error)["google.rpc.ErrorInfo"].reason == "PROMPT_TOO_LONG"
+
+
+@pytest.mark.parametrize("sampler", ["x" * 5000, "\U0001f600" * 5000], ids=["x", "emoji"])
+async def test_a_long_value_leaves_room_for_what_is_known(served: Harness, sampler: str) -> None:
+    error = await served.refusal(sampler=sampler)
+    assert "known: ddim, euler" in (error.details() or "")
 
 
 async def test_a_strength_that_is_no_share_is_refused(served: Harness) -> None:
@@ -777,6 +801,30 @@ async def test_a_taken_name_needs_overwrite(served: Harness) -> None:
     replaced = await import_file(served, other, overwrite=True)
     assert replaced.changed
     assert replaced.concept.concept_id == make_concept(value=-1.0).concept_id
+    again = await import_file(served, other, overwrite=True)
+    assert (again.changed, again.concept) == (False, replaced.concept)
+
+
+async def test_a_concept_asked_for_by_its_id_has_that_id(
+    served: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process replaces the concept after its row was found and before it is read."""
+    other = ConceptStore(served.store._files.parent)
+    first, second = make_concept(value=1.0), make_concept(value=2.0)
+    read = ConceptStore._read
+
+    def overtaken(self: ConceptStore, stored: StoredConcept) -> Concept:
+        other.import_concept(second, overwrite=True)
+        return read(self, stored)
+
+    monkeypatch.setattr(ConceptStore, "_read", overtaken)
+    for call, request in (
+        (served.concepts.ExportConcept, concepts_pb2.ExportConceptRequest),
+        (served.concepts.GetConcept, concepts_pb2.GetConceptRequest),
+    ):
+        served.store.import_concept(first, overwrite=True)
+        assert await code_of(call(request(concept_id=first.concept_id))) == StatusCode.NOT_FOUND
+    other.close()
 
 
 async def test_listing_walks_through_all_pages(served: Harness) -> None:

@@ -1,6 +1,9 @@
 """The concept store: what it keeps, what it refuses, what a crash or another process leaves."""
 
 import os
+import shutil
+import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -12,8 +15,14 @@ import numpy as np
 import pytest
 
 from engine.concepts import Concept
-from engine.errors import ConceptDamaged, ConceptExists, StoreError, UnknownConcept
-from engine.store import FILES, INDEX, ConceptStore
+from engine.errors import (
+    ConceptDamaged,
+    ConceptExists,
+    ConfigError,
+    StoreError,
+    UnknownConcept,
+)
+from engine.store import FILES, INDEX, ConceptStore, StoredConcept
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +84,49 @@ def test_overwriting_replaces_the_concept_and_its_file(store: ConceptStore, tmp_
     assert [path.stem for path in files_of(tmp_path / "concepts")] == [stored.file_sha256]
     with pytest.raises(UnknownConcept):
         store.find_by_id(make_concept(value=1.0).concept_id)
+
+
+def test_overwriting_with_the_same_vectors_is_no_change(store: ConceptStore) -> None:
+    stored, _ = store.import_concept(make_concept())
+    again, changed = store.import_concept(make_concept(), overwrite=True)
+    assert (again, changed) == (stored, False)
+
+
+def test_overwriting_with_other_metadata_keeps_the_new_metadata(
+    store: ConceptStore, tmp_path: Path
+) -> None:
+    store.import_concept(make_concept(metadata={"steps": "1"}))
+    stored, changed = store.import_concept(make_concept(metadata={"steps": "2"}), overwrite=True)
+    assert not changed  # `changed` is about the vectors
+    assert store.find_by_token("<cat-toy>").metadata == {"steps": "2"}
+    assert [path.stem for path in files_of(tmp_path / "concepts")] == [stored.file_sha256]
+
+
+def test_a_long_unknown_name_leaves_room_for_the_known_ones(store: ConceptStore) -> None:
+    store.import_concept(make_concept("<cat-toy>"))
+    with pytest.raises(UnknownConcept, match="stored: <cat-toy>;") as error:
+        store.find_by_token("\U0001f600" * 5000)
+    assert len(str(error.value)) < 200
+
+
+def test_an_id_is_never_answered_with_other_vectors(tmp_path: Path) -> None:
+    """Another process replaces the concept between the look-up of its id and the reading."""
+    first, second = make_concept(value=1.0), make_concept(value=2.0)
+    other = ConceptStore(tmp_path)
+
+    class Overtaken(ConceptStore):
+        def _read(self, stored: StoredConcept) -> Concept:
+            other.import_concept(second, overwrite=True)
+            return super()._read(stored)
+
+    store = Overtaken(tmp_path)
+    store.import_concept(first)
+    with pytest.raises(UnknownConcept):
+        store.load("concept_id", first.concept_id)
+    stored, concept = store.load("placeholder_token", "<cat-toy>")
+    assert stored.concept_id == concept.concept_id == second.concept_id
+    for opened in (store, other):
+        opened.close()
 
 
 def test_unknown_concepts_are_named_beside_known_ones(store: ConceptStore) -> None:
@@ -204,10 +256,94 @@ def test_leftovers_of_a_killed_process_are_swept_away(tmp_path: Path) -> None:
     store.close()
     kept = files_of(tmp_path)
     (tmp_path / FILES / ("0" * 64 + ".safetensors")).write_bytes(b"never got a row")
-    (tmp_path / FILES / ".part.x7").write_bytes(b"half")
+    (tmp_path / FILES / f".{'0' * 64}.safetensors.0123abcd").write_bytes(b"half")
     store = ConceptStore(tmp_path)
     assert files_of(tmp_path) == kept
     assert store.find_by_token("<cat-toy>").num_vectors == 2
+    store.close()
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    ConceptStore(tmp_path).close()
+    for name in ("thesis.tex", "my-concept.safetensors", f"{'0' * 63}.safetensors", ".hidden"):
+        (tmp_path / FILES / name).write_text("precious")
+    (tmp_path / FILES / "folder").mkdir()
+    (tmp_path / FILES / f"{'0' * 64}.safetensors").mkdir()
+    before = files_of(tmp_path)
+    ConceptStore(tmp_path).close()
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["files/thesis.tex", "notes.txt", "files/sub/x"])
+def test_a_folder_of_other_things_is_refused_and_untouched(tmp_path: Path, content: str) -> None:
+    (tmp_path / content).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / content).write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="holds other things and no concept store; name a new"):
+        ConceptStore(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_database_of_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
+    index = sqlite3.connect(tmp_path / INDEX)
+    index.execute("CREATE TABLE thesis (chapter TEXT)")
+    index.close()
+    before = (tmp_path / INDEX).read_bytes()
+    with pytest.raises(ConfigError, match="not the index of a concept store"):
+        ConceptStore(tmp_path)
+    assert (tmp_path / INDEX).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [INDEX]
+
+
+def test_a_store_that_was_killed_while_it_was_made_can_be_made_again(tmp_path: Path) -> None:
+    (tmp_path / INDEX).touch()  # SQLite makes an empty file first
+    store = ConceptStore(tmp_path)
+    assert store.import_concept(make_concept())[1]
+    store.close()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["removed", "removed and made again"])
+def test_a_folder_removed_under_the_store_takes_no_concepts(tmp_path: Path, again: bool) -> None:
+    folder = tmp_path / "concepts"
+    store = ConceptStore(folder)
+    store.import_concept(make_concept("<old>"))
+    shutil.rmtree(folder)
+    if again:
+        ConceptStore(folder).close()
+    for action in (
+        lambda: store.import_concept(make_concept("<new>")),
+        lambda: store.import_concept(make_concept("<old>")),
+        lambda: store.delete("<old>"),
+    ):
+        with pytest.raises(StoreError, match="was removed or replaced.*start the server again"):
+            action()
+    store.close()
+    assert folder.exists() == again
+    if again:
+        assert files_of(folder) == []
+
+
+def test_an_acknowledged_file_is_on_disk_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was synced can still lose its name, unless its folder is synced after it."""
+    store = ConceptStore(tmp_path)
+    events: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        events.append("named")
+
+    def recorded_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        events.append("folder" if is_folder else "file")
+
+    monkeypatch.setattr("os.replace", recorded_replace)
+    monkeypatch.setattr("os.fsync", recorded_fsync)
+    store.import_concept(make_concept())
+    assert events == ["file", "named", "folder"]
     store.close()
 
 

@@ -85,6 +85,8 @@ def load_model(
     Raises `ModelError` for a model that is missing, broken or not supported.
     """
     source = _source(model)
+    if revision is not None and Path(source).is_dir():
+        raise ModelError(f"a revision is for hub models, {source} is a folder; leave it out")
     text_encoder_class = _check_index(source, _load_config(DiffusionPipeline, source, revision))
     _check_unet(source, revision)
     scheduler_config = _scheduler_config(source, revision)
