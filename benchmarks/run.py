@@ -114,7 +114,10 @@ def _concepts(costs: dict[str, float]) -> list[str]:
         "",
         "| | median ms |",
         "|---|---|",
-        f"| OneWord: lay a concept's vectors into their slots | {costs['oneword_splice_ms']:.4f} |",
+        "| OneWord: read a prompt with a plain word (tokenize, look up, lay out) "
+        f"| {costs['oneword_with_word_ms']:.3f} |",
+        "| OneWord: the same with a concept in the word's place (the splice is the difference) "
+        f"| {costs['oneword_with_concept_ms']:.3f} |",
         "| OneWord: find one of 1,000 stored concepts, tokenize the prompt, splice "
         f"| {costs['oneword_read_prompt_ms']:.3f} |",
         "| diffusers: load and unload a concept (grows and shrinks tokenizer and table) "

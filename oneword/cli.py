@@ -33,7 +33,7 @@ class ExtraMissing(OneWordError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an expected failure is one line on stderr and exit code 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     try:
         parsed = _parser(arguments[0] if arguments else "").parse_args(arguments)
         return parsed.run(parsed)

@@ -1,6 +1,7 @@
 """`oneword concepts`: learned words as files and in the store of a server."""
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from datetime import UTC
 from pathlib import Path
@@ -57,14 +58,15 @@ def _import(arguments: argparse.Namespace) -> None:
     with Client(arguments.server) as client:
         reply = client.import_concept(concept_to_bytes(concept), overwrite=arguments.overwrite)
     state = "stored" if reply.changed else "was there already"
-    print(f"{reply.concept.placeholder_token} {reply.concept.concept_id[:12]} {state}")
+    token, concept_id = printable(reply.concept.placeholder_token), reply.concept.concept_id
+    print(f"{token} {printable(concept_id[:12])} {state}")
 
 
 def _list(arguments: argparse.Namespace) -> None:
     with Client(arguments.server) as client:
         for concept in client.list():
             print(
-                f"{concept.placeholder_token:<24} {concept.concept_id[:12]} "
+                f"{printable(concept.placeholder_token):<24} {printable(concept.concept_id[:12])} "
                 f"{concept.num_vectors:>3} x {concept.dim:<5} {_time_of(concept)}"
             )
 
@@ -89,19 +91,29 @@ def _show(arguments: argparse.Namespace) -> None:
             "concept_id": concept.concept_id,
             "vectors": f"{num_vectors} x {dim}",
             "embedding_fingerprint": concept.embedding_fingerprint or "unknown",
-            **dict(sorted(metadata.items())),
+            **{f"metadata.{name}": value for name, value in sorted(metadata.items())},
         }
     )
 
 
 def is_concept_file(concept: str) -> bool:
     """A name that ends like a file is one, so that a mistyped path is not looked up on a server."""
-    return Path(concept).is_file() or concept.endswith(".safetensors")
+    # Not Path.is_file, which raises for names that no file can have.
+    return os.path.isfile(concept) or concept.endswith(".safetensors")
+
+
+def printable(text: str) -> str:
+    """Text of a file or a server, with escapes for what would command a terminal or end a line."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def _print_fields(fields: Mapping[str, str]) -> None:
-    width = max(map(len, fields))
-    for name, value in fields.items():
+    lines = [(printable(name), printable(value)) for name, value in fields.items()]
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
         print(f"{name:<{width}}  {value}")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import dataclasses
+import logging
 from pathlib import Path
 
 from engine.batcher import BatcherConfig
@@ -54,6 +55,8 @@ def _add_flags(parser: argparse.ArgumentParser, config: type, flags: dict[str, s
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Serve until told to stop; the server tells what it does on stderr."""
+    logging.getLogger("engine").setLevel(logging.INFO)
     batcher = BatcherConfig(**{name: getattr(arguments, name) for name in _BATCHER_FLAGS})
     config = ServerConfig(
         bundle=arguments.bundle,
