@@ -4,8 +4,8 @@ import base64
 import binascii
 
 from engine import wire
-from engine.concepts import check_fits, concept_from_bytes, concept_to_bytes
-from engine.errors import InvalidRequest
+from engine.concepts import Concept, check_fits, concept_from_bytes, concept_to_bytes
+from engine.errors import ConceptUnreadable, InvalidRequest
 from engine.service import Context, Runtime, guarded
 from engine.store import StoredConcept
 from protos.oneword.v1 import concepts_pb2, concepts_pb2_grpc
@@ -55,11 +55,15 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
     def _import(
         self, request: concepts_pb2.ImportConceptRequest
     ) -> concepts_pb2.ImportConceptResponse:
-        concept = concept_from_bytes(
-            request.content,
-            source="the concept file",
-            placeholder_token=request.placeholder_token or None,
-        )
+        try:
+            concept = concept_from_bytes(
+                request.content,
+                source="the concept file",
+                placeholder_token=request.placeholder_token or None,
+            )
+        except ConceptUnreadable as error:
+            error.field = error.field or "content"
+            raise
         manifest = self._runtime.pipeline.bundle.manifest
         check_fits(concept, manifest.text, model_name=manifest.model_name)
         stored, changed = self._runtime.store.import_concept(concept, overwrite=request.overwrite)
@@ -68,8 +72,7 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
         )
 
     def _get(self, request: concepts_pb2.GetConceptRequest) -> concepts_pb2.GetConceptResponse:
-        stored = self._find(request)
-        concept = self._runtime.store.find_by_token(stored.placeholder_token)
+        stored, concept = self._load(request)
         return concepts_pb2.GetConceptResponse(concept=wire.concept_to_proto(stored, concept))
 
     def _list(self, request: concepts_pb2.ListConceptsRequest) -> concepts_pb2.ListConceptsResponse:
@@ -91,23 +94,20 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
         self, request: concepts_pb2.ExportConceptRequest
     ) -> concepts_pb2.ExportConceptResponse:
         file_format = wire.concept_format_from_proto(request.format)
-        concept = self._runtime.store.find_by_token(self._find(request).placeholder_token)
+        _, concept = self._load(request)
         return concepts_pb2.ExportConceptResponse(
             content=concept_to_bytes(concept, file_format),
             placeholder_token=concept.placeholder_token,
         )
 
-    def _find(self, request: KeyedRequest) -> StoredConcept:
-        match request.WhichOneof("key"):
-            case "placeholder_token":
-                return self._runtime.store.get(request.placeholder_token)
-            case "concept_id":
-                return self._runtime.store.get_by_id(request.concept_id)
-            case None:
-                raise InvalidRequest(
-                    "no concept is named; give placeholder_token or concept_id",
-                    field="placeholder_token",
-                )
+    def _load(self, request: KeyedRequest) -> tuple[StoredConcept, Concept]:
+        key = request.WhichOneof("key")
+        if key is None:
+            raise InvalidRequest(
+                "no concept is named; give placeholder_token or concept_id",
+                field="placeholder_token",
+            )
+        return self._runtime.store.load(key, getattr(request, key))
 
 
 def _page_token(last: StoredConcept) -> str:

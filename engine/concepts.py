@@ -2,7 +2,8 @@
 
 Own format: one safetensors file with the tensor `text_encoder` [num_vectors, dim] and, as metadata,
 the placeholder token, the embedding fingerprint of the model it was learned on, and how it was
-learned. Keys of ModelSpec 1.0.1 are written beside ours for other tools to read.
+learned. Keys of ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec) are written beside ours for
+other tools to read; its `hash_sha256` is of the tensor's bytes alone, unlike `concept_id`.
 
 Also read and written: diffusers' `learned_embeds.safetensors` (one tensor whose key is the token).
 Nothing is ever unpickled.
@@ -10,37 +11,45 @@ Nothing is ever unpickled.
 
 import hashlib
 import json
+import re
 import struct
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as save_safetensors
 
 from engine.bundle import TextSpec
-from engine.errors import ConceptMismatch, ConceptUnreadable, InvalidRequest
+from engine.errors import ConceptMismatch, ConceptUnreadable, InvalidRequest, quoted
 from engine.files import write_atomically
 
-FORMAT = "oneword-concept/1"
+_FORMAT_FAMILY = "oneword-concept/"
+FORMAT = f"{_FORMAT_FAMILY}1"
 TENSOR_NAME = "text_encoder"
 MAX_FILE_BYTES = 4 << 20
 MAX_NUM_VECTORS = 75
 MAX_DIM = 8192
 MAX_PLACEHOLDER_LENGTH = 64
 _PICKLE_BEGINNINGS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# What kohya and OneTrainer call the only tensor of a file; taken for a token, it would do nothing.
-_KEYS_WITHOUT_A_NAME = ("emb_params", "emp_params")
+# What we, kohya, OneTrainer and SDXL's tools call the tensors of a file: the names of text encoders
+# or of nothing, which would do nothing as a token.
+_KEYS_WITHOUT_A_NAME = (TENSOR_NAME, "emb_params", "emp_params", "clip_l", "clip_g")
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 FileFormat = Literal["oneword", "diffusers"]
 
-_PROMPT_SYNTAX = "\\()[]:,"
-# Control and invisible formatting characters: a token must look like what it is, and no other.
-_INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs")
+# Nothing that prompts give a meaning; `<` and `>` at the ends only, where prompts look for them.
+_TOKEN = re.compile(r"<?[^\\()\[\]:,<>]*>?")
+# Letters, marks and symbols that show as nothing: Unicode's Default_Ignorable_Code_Point outside
+# category C, and the blank Braille pattern. A token must look like what it is, and no other.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
 _RESERVED_TOKENS = ("__metadata__",)  # no tensor of a safetensors file can be called so
 
 
@@ -67,15 +76,14 @@ class Concept:
 
     @property
     def concept_id(self) -> str:
-        """SHA-256 of shape and vectors (float32, little-endian, row-major), as hex."""
-        return vectors_digest(self.learned_embeddings)
+        """Its identity, as hex: the SHA-256 of num_vectors and dim (int64), then the values
+        (float32, row after row), all little-endian."""
+        shape = struct.pack("<qq", *self.learned_embeddings.shape)
+        return hashlib.sha256(shape + _vector_bytes(self.learned_embeddings)).hexdigest()
 
 
-def vectors_digest(vectors: Float32[np.ndarray, "num_vectors dim"]) -> str:
-    """The identity of a concept: the SHA-256 of its shape and bytes."""
-    digest = hashlib.sha256(struct.pack("<qq", *vectors.shape))
-    digest.update(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
-    return digest.hexdigest()
+def _vector_bytes(vectors: Float32[np.ndarray, "num_vectors dim"]) -> bytes:
+    return np.ascontiguousarray(vectors, dtype="<f4").tobytes()
 
 
 def check_placeholder_token(token: str) -> None:
@@ -86,22 +94,24 @@ def check_placeholder_token(token: str) -> None:
             f"got {len(token)}",
             field="placeholder_token",
         )
-    found = next((character for character in token if _is_forbidden(character)), None)
-    if found or token in _RESERVED_TOKENS:
+    if not _TOKEN.fullmatch(token) or any(map(_is_invisible, token)) or token in _RESERVED_TOKENS:
         raise ConceptUnreadable(
-            f"placeholder token {token!r} contains {found or token!r}; white space, control and "
-            "invisible characters and \\ ( ) [ ] : , are not allowed; choose a name such as "
-            "<cat-toy>",
+            f"placeholder token {token!a} is not allowed: it may have no white space, no control, "
+            "unassigned or invisible characters, none of \\ ( ) [ ] : , and < only as its first, > "
+            "only as its last character; choose a name such as <cat-toy>",
+            field="placeholder_token",
+        )
+    if not unicodedata.is_normalized("NFC", token):
+        raise ConceptUnreadable(
+            f"placeholder token {token!a} is not in Unicode's normal form NFC, so that a name that "
+            f"looks the same would be another one; use {unicodedata.normalize('NFC', token)!a}",
             field="placeholder_token",
         )
 
 
-def _is_forbidden(character: str) -> bool:
-    return (
-        character.isspace()
-        or character in _PROMPT_SYNTAX
-        or unicodedata.category(character) in _INVISIBLE_CATEGORIES
-    )
+def _is_invisible(character: str) -> bool:
+    # C: control, format, surrogate, private and unassigned characters; Z: spaces and separators.
+    return unicodedata.category(character)[0] in "CZ" or _BLANK.match(character) is not None
 
 
 def _check_vectors(token: str, vectors: Float32[np.ndarray, "num_vectors dim"]) -> None:
@@ -169,15 +179,41 @@ def concept_from_bytes(
         )
     _refuse_pickle(content, source)
     try:
-        tensors = load_safetensors(content)
+        entries = deserialize(content)
         metadata = _read_metadata(content)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ConceptUnreadable(
             f"{source} is not a safetensors file or is truncated: {error}"
         ) from error
-    if metadata.get("format") == FORMAT:
+    own = _is_own_format(metadata, source)
+    tensors = {name: _as_array(entry, source) for name, entry in entries}
+    if own:
         return _from_own_format(tensors, metadata, source, placeholder_token)
     return _from_diffusers(tensors, source, placeholder_token)
+
+
+def _is_own_format(metadata: Mapping[str, str], source: str) -> bool:
+    file_format = metadata.get("format", "")
+    if file_format.startswith(_FORMAT_FAMILY) and file_format != FORMAT:
+        raise ConceptUnreadable(
+            f"{source} is of the format {quoted(file_format)}, this version reads {FORMAT!r}; "
+            "read it with the version that wrote it, and export it as diffusers' format"
+        )
+    return file_format == FORMAT
+
+
+def _as_array(entry: Mapping[str, Any], source: str) -> np.ndarray:
+    """A tensor of the file; bfloat16, which NumPy lacks, as the float32 whose upper half it is."""
+    dtype, shape, data = entry["dtype"], entry["shape"], entry["data"]
+    if dtype == "BF16":
+        bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(shape)
+    if dtype not in _NUMPY_DTYPES:
+        raise ConceptUnreadable(
+            f"{source} holds {dtype} values, a concept has {', '.join((*_NUMPY_DTYPES, 'BF16'))}; "
+            "convert it to float32"
+        )
+    return np.frombuffer(data, _NUMPY_DTYPES[dtype]).reshape(shape)
 
 
 def _refuse_pickle(content: bytes, source: str) -> None:
@@ -203,16 +239,17 @@ def _from_own_format(
 ) -> Concept:
     if set(tensors) != {TENSOR_NAME}:
         raise ConceptUnreadable(
-            f"{source} holds the tensors {sorted(tensors)[:5]}, expected [{TENSOR_NAME!r}]"
+            f"{source} holds the tensors {', '.join(map(quoted, sorted(tensors)[:5]))}; "
+            f"expected is {TENSOR_NAME!r} alone"
         )
-    known = {"format", "placeholder_token", "embedding_fingerprint"}
-    rest = {k: v for k, v in metadata.items() if k not in known and not k.startswith("modelspec.")}
-    return Concept(
+    concept = Concept(
         placeholder_token=placeholder_token or metadata.get("placeholder_token", ""),
         learned_embeddings=_as_vectors(tensors[TENSOR_NAME], source),
         embedding_fingerprint=metadata.get("embedding_fingerprint", ""),
-        metadata=rest,
     )
+    derived = _derived_metadata(concept)
+    rest = {name: value for name, value in metadata.items() if name not in derived}
+    return replace(concept, metadata=rest)
 
 
 def _from_diffusers(
@@ -239,10 +276,9 @@ def _from_diffusers(
 
 
 def _as_vectors(array: np.ndarray, source: str) -> Float32[np.ndarray, "num_vectors dim"]:
-    if array.ndim not in (1, 2) or array.dtype.kind != "f":
+    if array.ndim not in (1, 2):
         raise ConceptUnreadable(
-            f"{source} holds a {array.dtype} tensor of shape {list(array.shape)}, expected "
-            "floating point of shape [num_vectors, dim]"
+            f"{source} holds a tensor of shape {list(array.shape)}, expected [num_vectors, dim]"
         )
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused as such
         return np.atleast_2d(array).astype(np.float32)
@@ -253,7 +289,9 @@ def concept_to_bytes(concept: Concept, file_format: FileFormat = "oneword") -> b
     vectors = np.ascontiguousarray(concept.learned_embeddings)
     if file_format == "diffusers":
         return save_safetensors({concept.placeholder_token: vectors})
-    content = save_safetensors({TENSOR_NAME: vectors}, metadata=_metadata_of(concept))
+    content = save_safetensors(
+        {TENSOR_NAME: vectors}, metadata={**concept.metadata, **_derived_metadata(concept)}
+    )
     return _with_sorted_header(content)
 
 
@@ -265,23 +303,23 @@ def _with_sorted_header(content: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
 
 
-def _metadata_of(concept: Concept) -> dict[str, str]:
+def _derived_metadata(concept: Concept) -> dict[str, str]:
+    """What a file of ours says by itself. ModelSpec's `architecture` is the trainer's to say."""
+    tensor_digest = hashlib.sha256(_vector_bytes(concept.learned_embeddings)).hexdigest()
     return {
-        **concept.metadata,
         "format": FORMAT,
         "placeholder_token": concept.placeholder_token,
         "embedding_fingerprint": concept.embedding_fingerprint,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-v1/textual-inversion",
         "modelspec.implementation": "https://arxiv.org/abs/2208.01618",
         "modelspec.title": concept.placeholder_token,
         "modelspec.trigger_phrase": concept.placeholder_token,
-        "modelspec.hash_sha256": f"0x{concept.concept_id}",
+        "modelspec.hash_sha256": f"0x{tensor_digest}",
     }
 
 
 def write_concept(concept: Concept, path: Path, file_format: FileFormat = "oneword") -> None:
     """Write a concept file, whole or not at all."""
     if file_format not in ("oneword", "diffusers"):
-        raise InvalidRequest(f"unknown format {file_format!r}; known: oneword, diffusers")
+        raise InvalidRequest(f"unknown format {quoted(file_format)}; known: oneword, diffusers")
     write_atomically(path, concept_to_bytes(concept, file_format))

@@ -22,7 +22,6 @@ Each message gives the value, the limit and the remedy. `engine.status.STATUS` m
 to a gRPC status; a test asserts that none is missing.
 """
 
-
 _MOST_QUOTED = 80  # characters of a caller's value in a message
 
 

@@ -4,6 +4,7 @@
 the model and belongs to the one thread that owns the device (engine/batcher.py).
 """
 
+import dataclasses
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from jaxtyping import Float32
 
 from engine.bundle import Bundle
 from engine.concepts import Concept, check_fits
-from engine.images import to_float, to_uint8
+from engine.images import resize, to_float, to_uint8
 from engine.noise import TorchGenerator
 from engine.prompts import EncoderInput, PromptReader, PromptReport, apply_weights
 from engine.requests import MAX_SEED, GenerationRequest, Limits, RgbImage, check_request
@@ -165,12 +166,14 @@ class Pipeline:
         texts, weights = (prompt,), (1.0,)
         negative = None
         if request.guidance_scale != 1.0:
-            negative = self.reader.read(request.negative_prompt, request.concepts)
+            negative = self.reader.read(
+                request.negative_prompt, request.concepts, field="negative_prompt"
+            )
             texts = (negative, prompt)
             weights = (1.0 - request.guidance_scale, request.guidance_scale)
         num_chunks = max(text.report.num_chunks for text in texts)
         return GenerationPlan(
-            request=request,
+            request=_fitted(request, width, height),
             width=width,
             height=height,
             trajectory=trajectory,
@@ -186,7 +189,7 @@ class Pipeline:
         prompt_embeds = np.stack(self._text_encoder.encode(plan.texts))
         posterior = None
         if request.init_image is not None:
-            posterior = self._encode_image(to_float(request.init_image, plan.width, plan.height))
+            posterior = self._encode_image(to_float(request.init_image))
         images: list[ImageInFlight] = []
         for index in range(request.num_images):
             seed = (request.seed + index) % (MAX_SEED + 1)
@@ -262,6 +265,13 @@ class Pipeline:
         weight, bias = self.bundle.latent_rgb[:-1], self.bundle.latent_rgb[-1]
         rgb = np.tensordot(weight, image.clean_prediction, axes=(0, 0)) + bias[:, None, None]
         return to_uint8(rgb[None])[0]
+
+
+def _fitted(request: GenerationRequest, width: int, height: int) -> GenerationRequest:
+    """The request with its initial image at the size of use, for a plan may wait long."""
+    if request.init_image is None:
+        return request
+    return dataclasses.replace(request, init_image=resize(request.init_image, width, height))
 
 
 def _advance(image: ImageInFlight, noise_pred: Latents) -> None:

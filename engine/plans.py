@@ -16,7 +16,7 @@ from engine.bundle import ComponentSpec, Manifest, TensorSpec
 from engine.errors import BundleError, ProviderUnavailable
 from engine.files import sha256_of_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PLAN_MANIFEST = "plan.json"
 PLANS_FOLDER = "plans"
 # What tensorrt_rtx.ComputeCapability offers (1.4 to 1.7): Turing, Ampere, Ada and Blackwell.
@@ -86,6 +86,7 @@ class PlanManifest:
     tensorrt_rtx_version: str
     precision: str  # of the graphs compiled; those that overflow in float16 are float32 inside
     bundle_build_key: str  # of the bundle that the plans belong to
+    plan_key: str  # SHA-256 of what decided how they were compiled (trainer/compile_plans.py)
     components: dict[str, PlanSpec]
 
     def to_json(self) -> str:
@@ -121,9 +122,9 @@ def _plan_spec(fields: Mapping[str, Any]) -> PlanSpec:
 
 
 def read_plan_manifest(folder: Path, *, build_key: str) -> PlanManifest:
-    """Read `plan.json` and verify every plan beside it; nothing is deserialized.
+    """Read `plan.json`, verify its target, its bundle and every plan's hash; deserializes nothing.
 
-    `build_key` is the bundle's. Raises `BundleError` that names the file and both sides.
+    `build_key` is the bundle's; the target must be the one that `folder` is named after. Raises `BundleError` that names the file and both sides.
     """
     path = folder / PLAN_MANIFEST
     if not path.is_file():
@@ -136,9 +137,22 @@ def read_plan_manifest(folder: Path, *, build_key: str) -> PlanManifest:
             f"the plans at {folder} were compiled from build {manifest.bundle_build_key[:12]}..., "
             f"the bundle is build {build_key[:12]}...; compile the target again"
         )
+    if _folder_of(manifest.target) != folder.name:
+        raise BundleError(
+            f"the plans at {folder} were compiled for {manifest.target}, the folder is not "
+            "named after that target; compile the target again"
+        )
     for plan in manifest.components.values():
         _verify(folder, plan)
     return manifest
+
+
+def _folder_of(target: str) -> str | None:
+    """The folder of a target that a file names; None where there is no such target."""
+    try:
+        return Target.parse(str(target)).folder
+    except ProviderUnavailable:
+        return None
 
 
 def _verify(folder: Path, plan: PlanSpec) -> None:

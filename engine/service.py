@@ -21,7 +21,7 @@ from engine import wire
 from engine.batcher import Batcher, Failed, Finished, ImageDone, StepDone
 from engine.errors import Cancelled, ShuttingDown
 from engine.pipeline import Pipeline
-from engine.prompts import MAX_PROMPT_CHARACTERS
+from engine.prompt_syntax import MAX_PROMPT_CHARACTERS
 from engine.samplers import MAX_INFERENCE_STEPS
 from engine.status import is_internal, status_of
 from engine.store import ConceptStore

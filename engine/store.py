@@ -1,11 +1,14 @@
 """The concept store: an SQLite index beside one safetensors file for each concept.
 
 Files are named by the SHA-256 of their content, so that nothing a caller chooses becomes a path,
-and are checked against it when read. A file is written before its row and removed after it: a
-process killed in between leaves a file without a row, which the next `open` sweeps away.
+and are checked against it when read. A file is on disk before its row and removed after it: a
+process killed in between leaves a file without a row, which the next one to open the store sweeps
+away. Files that are not the store's own are never touched.
 """
 
 import hashlib
+import os
+import re
 import sqlite3
 import tempfile
 import threading
@@ -15,14 +18,17 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from engine.concepts import Concept, concept_from_bytes, concept_to_bytes
 from engine.errors import (
     ConceptDamaged,
     ConceptExists,
     ConceptUnreadable,
+    ConfigError,
     StoreError,
     UnknownConcept,
+    quoted,
 )
 from engine.files import write_atomically
 
@@ -33,6 +39,8 @@ SCHEMA_VERSION = 1
 CACHE_BYTES = 64 << 20
 BUSY_TIMEOUT_S = 10.0
 _NAMES_IN_ERRORS = 5
+# A concept's file, or what `write_atomically` makes on the way to one.
+_OWN_FILE = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]{64}\.safetensors\.[0-9a-f]{8}")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS concepts (
     tenant TEXT NOT NULL,
@@ -64,19 +72,30 @@ class StoredConcept:
 
 
 _COLUMNS = ", ".join(StoredConcept.__slots__)
+Key = Literal["placeholder_token", "concept_id"]
 
 
 class ConceptStore:
     """Concepts by name and by id. Threads and processes may share a folder."""
 
     def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
+        """Open the store of a folder, or make one in a folder that is new or empty.
+
+        Raises `ConfigError` for a folder of other things, `StoreError` for one that fails.
+        """
+        self._index_path = folder / INDEX
         self._files = folder / FILES
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._lock = threading.RLock()
         self._cache = _ConceptCache(cache_bytes)
-        with _sqlite_errors():
-            self._files.mkdir(parents=True, exist_ok=True)
-            self._index = _open_index(folder / INDEX)
+        with _store_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            _refuse_other_things(folder)
+            # The index comes first: it is what tells our folder from others.
+            self._index = _open_index(self._index_path)
+            self._index_file = _identity(self._index_path)
+            self._files.mkdir(exist_ok=True)
+            _sync_folder(folder)
             self._sweep()
 
     @classmethod
@@ -96,10 +115,11 @@ class ConceptStore:
     def import_concept(
         self, concept: Concept, *, overwrite: bool = False, tenant: str = DEFAULT_TENANT
     ) -> tuple[StoredConcept, bool]:
-        """Store a concept under its placeholder token; returns it and whether anything changed.
+        """Store a concept under its placeholder token; returns it and whether its vectors are new.
 
         Without `overwrite`, the same vectors under the same token change nothing, and other ones
-        raise `ConceptExists`.
+        raise `ConceptExists`. With it, the file is written in any case, which mends a damaged one
+        and takes over metadata. When this returns, the concept survives a power cut.
         """
         content = concept_to_bytes(concept)
         new = _describe(concept, content)
@@ -109,26 +129,42 @@ class ConceptStore:
                 _check_taken(old, new)
                 return old, False
             write_atomically(self._path(new.file_sha256), content)
+            _sync_folder(self._files)
+            if old and old.file_sha256 == new.file_sha256:
+                return old, False
             _insert(index, tenant, new)
         if old:
             self._collect(old.file_sha256)
-        return new, True
+        return new, old is None or old.concept_id != new.concept_id
 
     def get(self, placeholder_token: str, *, tenant: str = DEFAULT_TENANT) -> StoredConcept:
         """Look a concept up by name; raises `UnknownConcept`."""
         return self._get("placeholder_token", placeholder_token, tenant)
 
-    def get_by_id(self, concept_id: str, *, tenant: str = DEFAULT_TENANT) -> StoredConcept:
-        """Look a concept up by its vectors' digest: the first by name, where several share it."""
-        return self._get("concept_id", concept_id, tenant)
-
     def find_by_token(self, placeholder_token: str, *, tenant: str = DEFAULT_TENANT) -> Concept:
         """Load a concept by name; raises `UnknownConcept` or `ConceptDamaged`."""
-        return self._load("placeholder_token", placeholder_token, tenant)
+        return self.load("placeholder_token", placeholder_token, tenant=tenant)[1]
 
     def find_by_id(self, concept_id: str, *, tenant: str = DEFAULT_TENANT) -> Concept:
-        """Load a concept by the digest of its vectors; see `get_by_id`."""
-        return self._load("concept_id", concept_id, tenant)
+        """Load a concept by its id: the first by name, where several share the vectors."""
+        return self.load("concept_id", concept_id, tenant=tenant)[1]
+
+    def load(
+        self, key: Key, value: str, *, tenant: str = DEFAULT_TENANT
+    ) -> tuple[StoredConcept, Concept]:
+        """A concept's row and the very vectors of that row, whatever is replaced meanwhile.
+
+        Raises `UnknownConcept` or `ConceptDamaged`.
+        """
+        with self._lock:
+            stored = self._get(key, value, tenant)
+            try:
+                return stored, self._cache.get(stored.file_sha256, lambda: self._read(stored))
+            except ConceptDamaged:
+                # Another process may have replaced the concept between its row and its bytes.
+                if self._get(key, value, tenant) == stored:
+                    raise
+            return self.load(key, value, tenant=tenant)
 
     def list(
         self, *, limit: int, after: str = "", tenant: str = DEFAULT_TENANT
@@ -153,7 +189,7 @@ class ConceptStore:
                 )
             self._collect(stored.file_sha256)
 
-    def _get(self, column: str, value: str, tenant: str) -> StoredConcept:
+    def _get(self, column: Key, value: str, tenant: str) -> StoredConcept:
         with self._reading() as index:
             if stored := _find(index, tenant, column, value):
                 return stored
@@ -161,20 +197,9 @@ class ConceptStore:
         names = ", ".join(concept.placeholder_token for concept in known) or "none"
         more = ", ..." if len(known) == _NAMES_IN_ERRORS else ""
         raise UnknownConcept(
-            f"unknown concept {value!r}; stored: {names}{more}; import it or send it along",
+            f"unknown concept {quoted(value)}; stored: {names}{more}; import it or send it along",
             placeholder_token=value,
         )
-
-    def _load(self, column: str, value: str, tenant: str) -> Concept:
-        with self._lock:
-            stored = self._get(column, value, tenant)
-            try:
-                return self._cache.get(stored.file_sha256, lambda: self._read(stored))
-            except ConceptDamaged:
-                # Another process may have replaced the concept between its row and its bytes.
-                if self._get(column, value, tenant) == stored:
-                    raise
-            return self._load(column, value, tenant)
 
     def _read(self, stored: StoredConcept) -> Concept:
         try:
@@ -192,13 +217,14 @@ class ConceptStore:
 
     @contextmanager
     def _reading(self) -> Generator[sqlite3.Connection]:
-        with self._lock, _sqlite_errors():
+        with self._lock, _store_errors():
             yield self._index
 
     @contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
         """Files change only under the write lock of the index, one process at a time."""
-        with self._lock, _sqlite_errors():
+        with self._lock, _store_errors():
+            self._check_in_place()
             self._index.execute("BEGIN IMMEDIATE")
             try:
                 yield self._index
@@ -206,6 +232,14 @@ class ConceptStore:
             except BaseException:
                 self._index.execute("ROLLBACK")
                 raise
+
+    def _check_in_place(self) -> None:
+        # SQLite goes on writing to an index that was deleted: all of it would be lost at the end.
+        if _identity(self._index_path) != self._index_file:
+            raise StoreError(
+                "the folder of the concept store was removed or replaced while it was in use; "
+                "start the server again"
+            )
 
     def _collect(self, file_sha256: str) -> None:
         """Remove a file that no row needs."""
@@ -216,12 +250,12 @@ class ConceptStore:
                 self._path(file_sha256).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Remove what a killed process left: files without a row, and parts of files."""
+        """Remove what a killed process left: our files without a row, and parts of files."""
         with self._transaction() as index:
             rows = index.execute("SELECT DISTINCT file_sha256 FROM concepts").fetchall()
             wanted = {self._path(file_sha256) for (file_sha256,) in rows}
             for path in self._files.iterdir():
-                if path not in wanted:
+                if path not in wanted and _OWN_FILE.fullmatch(path.name) and path.is_file():
                     path.unlink(missing_ok=True)
 
 
@@ -248,27 +282,69 @@ def _size(concept: Concept) -> int:
     return concept.learned_embeddings.nbytes + sum(len(v) for v in concept.metadata.values())
 
 
+def _refuse_other_things(folder: Path) -> None:
+    if any(folder.iterdir()) and not (folder / INDEX).exists():
+        raise ConfigError(
+            f"{folder} holds other things and no concept store; name a new or an empty folder"
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk: syncing a file does not sync its name (fsync(2))."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one under the same name; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _open_index(path: Path) -> sqlite3.Connection:
     index = sqlite3.connect(
         path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
     )
-    index.row_factory = sqlite3.Row
-    index.execute("PRAGMA journal_mode = WAL")
-    index.execute("PRAGMA synchronous = FULL")  # an acknowledged import survives a power cut
-    (version,) = index.execute("PRAGMA user_version").fetchone()
-    if version not in (0, SCHEMA_VERSION):
+    try:
+        _check_index(index, path)
+        index.row_factory = sqlite3.Row
+        index.execute("PRAGMA journal_mode = WAL")
+        index.execute("PRAGMA synchronous = FULL")  # an acknowledged import survives a power cut
+        # All or nothing: half a schema would look like a database of something else.
+        index.executescript(
+            f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+        )
+    except BaseException:
         index.close()
+        raise
+    return index
+
+
+def _check_index(index: sqlite3.Connection, path: Path) -> None:
+    # One statement, so that another process that makes the index is seen before it or after it.
+    ((version, num_tables),) = index.execute(
+        "SELECT user_version, (SELECT count(*) FROM sqlite_master) FROM pragma_user_version"
+    )
+    if version not in (0, SCHEMA_VERSION):
         raise StoreError(
             f"the concept store {path} has schema {version}, this version reads {SCHEMA_VERSION}; "
             "use the version that wrote it, or another folder"
         )
-    index.executescript(_SCHEMA)
-    index.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    return index
+    if version == 0 and num_tables:
+        raise ConfigError(
+            f"{path} is a database, but not the index of a concept store; "
+            "name a new or an empty folder"
+        )
 
 
 @contextmanager
-def _sqlite_errors() -> Generator[None]:
+def _store_errors() -> Generator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:
@@ -307,7 +383,7 @@ def _insert(index: sqlite3.Connection, tenant: str, new: StoredConcept) -> None:
     )
 
 
-def _find(index: sqlite3.Connection, tenant: str, column: str, value: str) -> StoredConcept | None:
+def _find(index: sqlite3.Connection, tenant: str, column: Key, value: str) -> StoredConcept | None:
     row = index.execute(
         f"SELECT {_COLUMNS} FROM concepts WHERE tenant = ? AND {column} = ? "
         "ORDER BY placeholder_token LIMIT 1",

@@ -9,10 +9,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from engine.batcher import ImageDone, StepDone, Timings
 from engine.concepts import Concept, FileFormat, concept_from_bytes
-from engine.errors import ConceptUnreadable, InvalidRequest
+from engine.errors import ConceptUnreadable, InvalidRequest, PromptTooLong
 from engine.images import ImageFormat, decode_image, encode_image
 from engine.pipeline import GenerationPlan
-from engine.prompts import named_placeholders
+from engine.prompt_syntax import MAX_PROMPT_CHARACTERS, named_placeholders
 from engine.requests import MAX_SEED, GenerationRequest, Limits
 from engine.store import ConceptStore, StoredConcept
 from protos.oneword.v1 import concepts_pb2, generation_pb2
@@ -55,7 +55,7 @@ def request_from_proto(
     if message.sampler:
         fields["sampler"] = message.sampler
     if message.init_image:
-        fields["init_image"] = decode_image(message.init_image)
+        fields["init_image"] = decode_image(message.init_image, max_side=limits.max_side)
     elif message.HasField("strength"):
         raise InvalidRequest(
             "strength is for image-to-image; send init_image with it, or leave it out",
@@ -75,6 +75,9 @@ def _concepts(
 ) -> tuple[Concept, ...]:
     """The concepts referred to, then the stored ones that the prompts name as `<word>`."""
     _check_count(len(message.concepts), limits)
+    # Before the prompts are searched: a message may hold megabytes of them.
+    _check_length("prompt", message.prompt)
+    _check_length("negative_prompt", message.negative_prompt)
     referred = [
         _resolve(reference, store, limits, f"concepts[{index}]")
         for index, reference in enumerate(message.concepts)
@@ -94,6 +97,15 @@ def _check_count(count: int, limits: Limits) -> None:
         )
 
 
+def _check_length(field: str, prompt: str) -> None:
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise PromptTooLong(
+            f"{field} has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARACTERS}; "
+            "shorten it",
+            field=field,
+        )
+
+
 def _resolve(
     reference: generation_pb2.ConceptReference, store: ConceptStore, limits: Limits, field: str
 ) -> Concept:
@@ -103,7 +115,11 @@ def _resolve(
         case "concept_id":
             return store.find_by_id(reference.concept_id)
         case "inline":
-            return _inline_concept(reference.inline, limits, field)
+            try:
+                return _inline_concept(reference.inline, limits, field)
+            except ConceptUnreadable as error:
+                error.field = field  # in the words of the request, whatever part of it is at fault
+                raise
         case None:
             raise InvalidRequest(
                 f"{field} is empty; give placeholder_token, concept_id or inline", field=field
@@ -114,8 +130,7 @@ def _inline_concept(inline: generation_pb2.InlineConcept, limits: Limits, field:
     if (num_bytes := inline.ByteSize()) > limits.max_inline_concept_bytes:
         raise ConceptUnreadable(
             f"{field} has {num_bytes} bytes, a concept in a request at most "
-            f"{limits.max_inline_concept_bytes}; import it with ConceptService.ImportConcept",
-            field=field,
+            f"{limits.max_inline_concept_bytes}; import it with ConceptService.ImportConcept"
         )
     match inline.WhichOneof("content"):
         case "safetensors":
@@ -128,7 +143,7 @@ def _inline_concept(inline: generation_pb2.InlineConcept, limits: Limits, field:
             return _bare_concept(inline.placeholder_token, inline.learned_embeddings, field)
         case None:
             raise ConceptUnreadable(
-                f"{field} has no content; give safetensors or learned_embeddings", field=field
+                f"{field} has no content; give safetensors or learned_embeddings"
             )
 
 
@@ -140,8 +155,7 @@ def _bare_concept(
     if not rows or not values.size or values.size % rows:
         raise ConceptUnreadable(
             f"{field} has {values.size} values for {rows} vectors; "
-            "give num_vectors x dim values, row after row",
-            field=field,
+            "give num_vectors x dim values, row after row"
         )
     return Concept(
         placeholder_token=placeholder_token,

@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.client import Client
 from engine.concepts import concept_from_bytes, concept_to_bytes, read_concept, write_concept
 from engine.endpoint import DEFAULT_ADDRESS
+from oneword.printing import printable
 from protos.oneword.v1 import concepts_pb2
 
 
@@ -100,14 +101,6 @@ def is_concept_file(concept: str) -> bool:
     """A name that ends like a file is one, so that a mistyped path is not looked up on a server."""
     # Not Path.is_file, which raises for names that no file can have.
     return os.path.isfile(concept) or concept.endswith(".safetensors")
-
-
-def printable(text: str) -> str:
-    """Text of a file or a server, with escapes for what would command a terminal or end a line."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
 
 
 def _print_fields(fields: Mapping[str, str]) -> None:

@@ -1,22 +1,23 @@
 """Prompts: placeholders, weights, chunks and what is reported of them."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from engine.bundle import TextSpec
 from engine.concepts import Concept
 from engine.errors import InvalidRequest, PromptTooLong, UnknownConcept
-from engine.prompts import (
-    EncoderInput,
-    PromptReader,
-    apply_weights,
+from engine.prompt_syntax import (
+    _SYNTAX,
+    Piece,
     find_placeholders,
     named_placeholders,
     parse_prompt,
 )
+from engine.prompts import EncoderInput, PromptReader, apply_weights
 from tests.conftest import EMOJI_MODEL
 
 DIM = 4
@@ -91,6 +92,19 @@ def test_an_unknown_placeholder_is_refused_with_what_is_known() -> None:
         parse_prompt("a photo of <cat-toi>", {"<cat-toy>": concept("<cat-toy>")})
 
 
+@pytest.mark.parametrize(("backslashes", "found"), [(0, 1), (1, 0), (2, 1), (3, 0), (4, 1)])
+def test_only_an_odd_number_of_backslashes_escapes(backslashes: int, found: int) -> None:
+    prompt = "a " + "\\" * backslashes + "<x>"
+    start = len(prompt) - 3
+    assert find_placeholders(prompt, ["<x>"]) == [(start, start + 3, "<x>")] * found
+    assert named_placeholders(prompt) == ["<x>"] * found
+
+
+def test_an_escaped_backslash_stands_before_its_concept() -> None:
+    pieces = parse_prompt("a \\\\<x>", {"<x>": concept()})
+    assert [(p.text, p.concept is not None) for p in pieces] == [("a \\", False), ("<x>", True)]
+
+
 @pytest.mark.parametrize("text", ["a < b", "I <3 you", "x<y", "-> <-"])
 def test_angle_brackets_of_prose_are_no_placeholders(text: str) -> None:
     assert named_placeholders(text) == []
@@ -135,6 +149,81 @@ def test_a_concept_takes_the_weight_of_its_brackets() -> None:
 def test_a_weight_that_is_no_sane_number_is_refused(weight: str) -> None:
     with pytest.raises(InvalidRequest, match="between -10 and 10"):
         parse_prompt(f"(word:{weight})", {})
+
+
+@pytest.mark.parametrize("weight", ["1.2000000000000002", " 1.2 ", "+.5", "2.", "1e-1"])
+def test_a_weight_is_read_as_python_prints_it(weight: str) -> None:
+    assert [p.weight for p in parse_prompt(f"(word:{weight})", {})] == [float(weight)]
+
+
+@pytest.mark.parametrize("weight", ["1" * 21, "1." + "1" * 21, "1" + " " * 9, "\u0131nf"])
+def test_what_is_no_weight_stays_text(weight: str) -> None:
+    assert [(p.text, p.weight) for p in parse_prompt(f"(word:{weight})", {})] == [
+        (f"word:{weight}", 1.1)
+    ]
+
+
+@pytest.mark.parametrize("number", ["1", "1." + "1", "1e" + "1", " "])
+def test_every_repetition_in_a_weight_is_bounded(number: str) -> None:
+    # A million digits or blanks: hours where a failed match costs the square of its length.
+    text = ":" + number + number[-1] * 1_000_000
+    assert "".join(match.group() for match in _SYNTAX.finditer(text)) == text
+
+
+def test_closing_brackets_scales_each_piece_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Piece] = []
+
+    def count(*args: Any) -> Piece:
+        made.append(Piece(*args))
+        return made[-1]
+
+    monkeypatch.setattr("engine.prompt_syntax.Piece", count)
+    pieces = parse_prompt("(a" * 20 + "[b]" * 100 + ")" * 20, {})
+    assert len(made) == len(pieces)
+
+
+@pytest.mark.parametrize("prompt", ["([" * 32, "(" * 32 + "[" * 32])
+def test_brackets_are_nested_to_a_limit(prompt: str) -> None:
+    # Each round bracket undoes a square one, up to the rounding of 64 products.
+    assert [p.weight for p in parse_prompt(f"{prompt}a", {})] == [pytest.approx(1.0)]
+    with pytest.raises(InvalidRequest, match=r"65 nested brackets at character 64.*64; close some"):
+        parse_prompt(f"{prompt}[a", {})
+
+
+def test_brackets_one_after_another_are_not_nested() -> None:
+    assert len(parse_prompt("(a) b " * 3000, {})) == 6000
+
+
+@pytest.mark.parametrize("prompt", ["((a:5):3)", "(" * 25 + "a", "([a:b](c:-9):2)"])
+def test_nested_weights_keep_the_limit_of_a_single_one(prompt: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"multiply to .* between -10 and 10; take some"):
+        parse_prompt(prompt, {})
+
+
+def test_a_large_weight_may_be_undone_by_those_around_it() -> None:
+    assert [p.weight for p in parse_prompt("((a:10):0.5)", {})] == [5.0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [
+        ("(a:11)", InvalidRequest),
+        ("((a:5):5)", InvalidRequest),
+        ("[" * 65, InvalidRequest),
+        ("a" * 20_001, PromptTooLong),
+    ],
+)
+def test_errors_call_the_prompt_by_its_field(
+    reader: PromptReader, prompt: str, error: type[InvalidRequest]
+) -> None:
+    with pytest.raises(error, match="negative_prompt.*;") as caught:
+        reader.read(prompt, field="negative_prompt")
+    assert caught.value.field == "negative_prompt"
+
+
+def test_an_unknown_concept_is_looked_for_in_the_right_prompt(reader: PromptReader) -> None:
+    with pytest.raises(UnknownConcept, match="'<y>' in negative_prompt;"):
+        reader.read("<y>", field="negative_prompt")
 
 
 def test_weighting_multiplies_tokens_and_restores_the_mean() -> None:
@@ -192,8 +281,36 @@ def test_what_has_no_room_is_reported(reader: PromptReader, text: TextSpec) -> N
     read = reader.read("dog " * room + "cat and <x>", [concept()])
     assert read.report.num_chunks == 3
     assert read.report.num_tokens == room
-    assert read.report.cut.replace(" ", "") == "catand<x>"
+    assert read.report.cut == "cat and <x>"
     assert "<x>" not in [token for *_, token in read.slots]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "end"),
+    [
+        ("", "a red  cat, on [grass] (<x>:1.3) "),
+        ("(", "red cat:1.2) on grass"),
+        ("\\(dog\\) (un)(cut) ", "\\(red\\) cat"),
+        ("Cafe\u0301 \u2603 <x> [fast]", "cat"),
+    ],
+)
+def test_what_is_cut_is_reported_as_it_was_written(
+    reader: PromptReader, text: TextSpec, beginning: str, end: str
+) -> None:
+    taken = reader.read(beginning, [concept()]).report.num_tokens
+    filling = "dog " * (3 * (text.max_tokens - 2) - taken)
+    assert reader.read(f"{beginning} {filling}{end}", [concept()]).report.cut == end
+
+
+def test_blanks_trimmed_by_a_tokenizer_are_cut_as_well(text: TextSpec) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    table = np.zeros((text.vocab_size, DIM), np.float32)
+    reader = PromptReader(tokenizer, table, text, max_chunks=1)
+    assert reader.read("a" * (text.max_tokens - 2) + " ").report.cut == " "
 
 
 def test_padding_appends_the_empty_prompt(reader: PromptReader) -> None:
@@ -210,7 +327,7 @@ def test_the_vocabulary_is_untouched_by_reading(reader: PromptReader) -> None:
 
 
 def test_a_prompt_of_a_megabyte_is_refused(reader: PromptReader) -> None:
-    with pytest.raises(PromptTooLong, match="1000000 characters, the limit is 20000"):
+    with pytest.raises(PromptTooLong, match="1000000 characters, the limit is 20000; shorten"):
         reader.read("a" * 1_000_000)
 
 

@@ -518,7 +518,7 @@ async def test_what_the_caller_can_mend_names_the_field(
 
 
 async def test_a_prompt_too_long_is_refused_before_it_is_searched(served: Harness) -> None:
-    """15 MB of different placeholders are some 2 million look-ups, if anyone looks."""
+    """15 MB of different placeholders are 1.5 million look-ups, if anyone looks."""
     prompt = "".join(f"<a{index}>" for index in range(1_500_000))
     error = await served.refusal(prompt=prompt)
     assert details(error)["google.rpc.ErrorInfo"].reason == "PROMPT_TOO_LONG"
@@ -714,7 +714,7 @@ async def test_many_cancelled_streams_leave_nothing_behind(served: Harness) -> N
 
 
 async def test_a_caller_that_does_not_read_is_dropped(start_server: StartServer) -> None:
-    served = await start_server(stall_timeout_s=0.2)
+    served = await start_server(stall_timeout_s=0.2, limits=Limits(max_pixels=512 * 512))
     # A window that does not grow: else the transport takes some megabytes by itself.
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
     async with grpc.aio.insecure_channel(served.address, options=options) as channel:
@@ -818,12 +818,14 @@ async def test_a_concept_asked_for_by_its_id_has_that_id(
         return read(self, stored)
 
     monkeypatch.setattr(ConceptStore, "_read", overtaken)
-    for call, request in (
-        (served.concepts.ExportConcept, concepts_pb2.ExportConceptRequest),
-        (served.concepts.GetConcept, concepts_pb2.GetConceptRequest),
+    for call in (
+        served.concepts.ExportConcept(
+            concepts_pb2.ExportConceptRequest(concept_id=first.concept_id)
+        ),
+        served.concepts.GetConcept(concepts_pb2.GetConceptRequest(concept_id=first.concept_id)),
     ):
         served.store.import_concept(first, overwrite=True)
-        assert await code_of(call(request(concept_id=first.concept_id))) == StatusCode.NOT_FOUND
+        assert await code_of(call) == StatusCode.NOT_FOUND
     other.close()
 
 

@@ -83,6 +83,33 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
     np.testing.assert_array_equal(row, np.round(ramp[0] / 257).astype(np.uint8))
 
 
+def test_sixteen_bit_pgm_keeps_its_range(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, SIZE, dtype=np.uint16)[None].repeat(SIZE, axis=0)
+    header = f"P5 {SIZE} {SIZE} 65535\n".encode()
+    (tmp_path / "a.pgm").write_bytes(header + ramp.astype(">u2").tobytes())
+    row = _levels(read_images(tmp_path, size=SIZE))[0, :, 0]
+    np.testing.assert_array_equal(row, np.round(ramp[0] / 257).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_of_unknown_range_are_a_reason(tmp_path: Path, mode: str) -> None:
+    _picture().save(tmp_path / "a.png")
+    Image.new(mode, (SIZE, SIZE)).save(tmp_path / "b.tiff")
+    assert "no known range" in _reason(read_images(tmp_path, size=SIZE), "b.tiff")
+
+
+def test_a_fault_without_words_is_still_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_image: Image.Image) -> np.ndarray:
+        raise EOFError
+
+    _picture().save(tmp_path / "a.png")
+    monkeypatch.setattr("trainer.images.flatten", fail)
+    with pytest.raises(NoUsableImages, match="broken image: EOFError"):
+        read_images(tmp_path, size=SIZE)
+
+
 def test_content_decides_not_the_suffix(tmp_path: Path) -> None:
     _picture().save(tmp_path / "photo.txt", format="PNG")
     (tmp_path / "notes.png").write_text("not an image")

@@ -16,6 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from engine.files import sha256_of_file
+from engine.images import flatten
+from engine.requests import RgbImage
 from trainer.errors import NoUsableImages
 
 # Only decoders that work in this process: Pillow would hand EPS files to an external program.
@@ -26,8 +28,6 @@ FORMATS = tuple(
     for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN
 )
-# The largest value is white for 16-bit greys, which Pillow's own conversion clips at 255.
-_MAX_OF_MODE = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,15 +106,17 @@ def _read_square(path: Path, size: int) -> tuple[UInt8[np.ndarray, "size size 3"
         raise _Unusable("hidden file")
     if not path.is_file():
         raise _Unusable("not a regular file (only the folder itself is read, no subfolders)")
-    image = _decode(path)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = _on_white(image.crop((left, top, left + side, top + side)))
-    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)), side
+    picture = _decode_square(path)
+    side = picture.shape[0]
+    square = Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square), side
 
 
-def _decode(path: Path) -> Image.Image:
-    """Open and decode one file, upright. Raises `_Unusable` with the reason."""
+def _decode_square(path: Path) -> RgbImage:
+    """The upright image's centre, transparent parts white: black would be learned as a background.
+
+    Raises `_Unusable` with the reason.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks of the decoders about odd metadata
@@ -122,7 +124,7 @@ def _decode(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 _refuse_unusable(image)
-                return ImageOps.exif_transpose(image)  # decodes
+                return flatten(_centre(ImageOps.exif_transpose(image)))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = Image.MAX_IMAGE_PIXELS or 0
         raise _Unusable(f"more than {limit // 1_000_000} megapixels; scale it down") from None
@@ -132,7 +134,14 @@ def _decode(path: Path) -> Image.Image:
     except (_Unusable, MemoryError):
         raise
     except Exception as error:
-        raise _Unusable(f"broken image: {str(error).splitlines()[0] or type(error)}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise _Unusable(f"broken image: {reason}") from error
+
+
+def _centre(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def _refuse_unusable(image: Image.Image) -> None:
@@ -140,20 +149,9 @@ def _refuse_unusable(image: Image.Image) -> None:
     # A camera's MPO is a JPEG with a preview or a second view behind the photo.
     if frames > 1 and image.format != "MPO":
         raise _Unusable(f"animated or of several pages ({frames}); save one frame as an image")
-    if image.mode in ("I", "F"):
+    # Pillow reads 16-bit PGM as mode I, with white at 65535; nothing says that of a TIFF.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise _Unusable(f"{image.mode} pixels have no known range; save it as 8-bit RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB, transparent parts composited on white: black would be learned as a background."""
-    if image.mode in _MAX_OF_MODE:
-        grey = np.asarray(image).astype(np.float32) * (255 / _MAX_OF_MODE[image.mode])
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def _refuse_duplicate(

@@ -80,7 +80,9 @@ class Concept(_message.Message):
     placeholder_token: _builtins.str
     """Its name in prompts, for instance `<cat-toy>`."""
     concept_id: _builtins.str
-    """SHA-256 of its vectors (64 hex digits)."""
+    """Identity of its vectors (64 hex digits): SHA-256 of int64 num_vectors, int64 dim, then the
+    float32 values row after row, all little-endian.
+    """
     num_vectors: _builtins.int
     """Tokens that it takes in a prompt."""
     dim: _builtins.int
@@ -124,9 +126,11 @@ class ImportConceptRequest(_message.Message):
     content: _builtins.bytes
     """A safetensors file in OneWord's or diffusers' format, at most 4 MiB; required."""
     placeholder_token: _builtins.str
-    """The name to store it under; default: the name in the file."""
+    """The name to store it under, 1 to 64 characters; default: the name in the file."""
     overwrite: _builtins.bool
-    """Whether to replace a concept of this name that has other vectors; default false: refuse."""
+    """Whether to replace a concept of this name: other vectors, which are refused without it, and
+    other metadata, which is left as it is without it; default false.
+    """
     def __init__(
         self,
         *,
@@ -149,7 +153,7 @@ class ImportConceptResponse(_message.Message):
     CONCEPT_FIELD_NUMBER: _builtins.int
     CHANGED_FIELD_NUMBER: _builtins.int
     changed: _builtins.bool
-    """False if it was there already."""
+    """False if the same vectors were stored under this name before."""
     @_builtins.property
     def concept(self) -> Global___Concept:
         """What is stored now, without metadata."""
@@ -177,7 +181,7 @@ class GetConceptRequest(_message.Message):
     placeholder_token: _builtins.str
     """By name."""
     concept_id: _builtins.str
-    """By the SHA-256 of its vectors; the first by name where several names share them."""
+    """By `Concept.concept_id`; the first by name where several names share the vectors."""
     def __init__(
         self,
         *,
@@ -311,7 +315,7 @@ class ExportConceptRequest(_message.Message):
     placeholder_token: _builtins.str
     """By name."""
     concept_id: _builtins.str
-    """By the SHA-256 of its vectors; the first by name where several names share them."""
+    """By `Concept.concept_id`; the first by name where several names share the vectors."""
     format: Global___ConceptFormat.ValueType
     """The format of the file; default OneWord's own."""
     def __init__(

@@ -164,7 +164,9 @@ class ConceptReference(_message.Message):
     written `<word>`.
     """
     concept_id: _builtins.str
-    """A stored concept, by the SHA-256 of its vectors (64 hex digits): always the same vectors."""
+    """A stored concept, by `Concept.concept_id`: always the same vectors. The prompts call it by
+    the name it is stored under, the first in order where several names share the vectors.
+    """
     @_builtins.property
     def inline(self) -> Global___InlineConcept:
         """A concept sent along for this request alone."""
@@ -560,7 +562,7 @@ class MatchedConcept(_message.Message):
     placeholder_token: _builtins.str
     """Its name in the prompt."""
     concept_id: _builtins.str
-    """SHA-256 of its vectors (64 hex digits)."""
+    """Identity of its vectors, as in `Concept.concept_id`."""
     num_vectors: _builtins.int
     """Tokens that it took."""
     def __init__(
