@@ -221,7 +221,7 @@ class ServerInfoService(server_info_pb2_grpc.ServerInfoServiceServicer):
         return server_info_pb2.RequestLimits(
             max_images_per_request=limits.max_images_per_request,
             max_side=limits.max_side,
-            max_pixels=limits.max_pixels,
+            max_pixels=limits.max_pixels or 0,  # a pipeline has settled it
             max_inline_concept_bytes=limits.max_inline_concept_bytes,
             max_concepts_per_request=limits.max_concepts_per_request,
             max_prompt_characters=MAX_PROMPT_CHARACTERS,
