@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, UInt8, Int32
+from jaxtyping import Float32, Int32, UInt8
 from PIL import Image, ImageOps, PngImagePlugin
 
 from engine.errors import InvalidRequest
@@ -43,9 +43,7 @@ def to_uint8(images: Float32[np.ndarray, "batch 3 height width"]) -> list[RgbIma
     return list(np.ascontiguousarray(scaled.transpose(0, 2, 3, 1)))
 
 
-def resize(
-    image: RgbImage, width: int, height: int
-) -> UInt8[np.ndarray, "height_out width_out 3"]:
+def resize(image: RgbImage, width: int, height: int) -> UInt8[np.ndarray, "height_out width_out 3"]:
     """An image at another size, by Lanczos as diffusers does."""
     if image.shape[:2] == (height, width):
         return image

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from engine.errors import OneWordError
-from oneword.printing import printable
+from engine.printing import printable
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return EXIT_FAILED
     except (OneWordError, OSError) as error:
-        print(f"oneword: {printable(str(error))}", file=sys.stderr)
+        print(f"oneword: {printable(error)}", file=sys.stderr)
         return EXIT_FAILED
 
 

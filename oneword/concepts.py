@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.client import Client
 from engine.concepts import concept_from_bytes, concept_to_bytes, read_concept, write_concept
 from engine.endpoint import DEFAULT_ADDRESS
-from oneword.printing import printable
+from engine.printing import printable
 from protos.oneword.v1 import concepts_pb2
 
 

@@ -1,8 +1,13 @@
 """`oneword learn` as a user meets it: files in, a concept out, and no run lost on the way."""
 
 import argparse
+import dataclasses
 import json
+import os
+import signal
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +22,10 @@ from engine.errors import ConceptUnreadable, OneWordError
 from engine.files import sha256_of_file
 from tests.tiny_model import make_tiny_model
 from trainer import cli
-from trainer.errors import CheckpointError, Diverged
+from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
 from trainer.learning import LearnOptions, LearnState, learn
 from trainer.model import load_model
+from trainer.objective import Objective
 from trainer.sampling import sample_images
 from trainer.splicing import text_spec
 
@@ -120,15 +126,112 @@ def test_interrupted_run_goes_on_to_the_same_result(
     assert [path.name for path in arguments.output.parent.iterdir()] == ["cat.safetensors"]
 
 
-def test_diverged_run_keeps_its_last_good_vectors(
-    model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [Diverged, NoGradient])
+def test_run_that_cannot_go_on_says_so_and_keeps_its_last_good_vectors(
+    model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LearningError]
 ) -> None:
     arguments = _arguments(model_path, folder)
-    monkeypatch.setattr(cli, "learn", _Interrupted(3, Diverged("step 4: loss nan")))
-    with pytest.raises(Diverged, match="step 4: loss nan; stopped after step 3.*checkpoint"):
+    monkeypatch.setattr(cli, "learn", _Interrupted(3, kind("step 4: stuck")))
+    with pytest.raises(kind, match="step 4: stuck; stopped after step 3; ") as caught:
         cli.run(arguments)
+    checkpoint = arguments.output.with_name("cat.safetensors.checkpoint")
+    assert checkpoint.is_file()
+    assert f"delete {checkpoint} and start with a lower --learning-rate" in str(caught.value)
+    assert "goes on" not in str(caught.value)
     monkeypatch.undo()
-    assert cli.run(_arguments(model_path, folder, "--resume")) == 0
+    with pytest.raises(CheckpointError, match="learning_rate is .*delete it"):
+        cli.run(_arguments(model_path, folder, "--resume", "--learning-rate", "1e-4"))
+    checkpoint.unlink()
+    assert cli.run(_arguments(model_path, folder, "--learning-rate", "1e-4")) == 0
+
+
+def test_sigterm_is_like_ctrl_c_with_its_own_exit_code(
+    model_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unhandled(*_: object) -> None:
+        raise AssertionError("the command does not handle SIGTERM")
+
+    def learn_until_terminated(*positional: Any, **named: Any) -> Iterator[LearnState]:
+        for state in learn(*positional, **named):
+            yield state
+            if state.step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, unhandled)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(cli, "learn", learn_until_terminated)
+            assert cli.run(_arguments(model_path, folder)) == 143
+        assert signal.getsignal(signal.SIGTERM) is unhandled
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "terminated after step 4" in capsys.readouterr().err
+    arguments = _arguments(model_path, folder, "--resume")
+    assert cli.run(arguments) == 0
+    assert arguments.output.is_file()
+
+
+def test_command_runs_in_a_thread_that_cannot_handle_signals(
+    model_path: Path, folder: Path
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(cli.run, _arguments(model_path, folder)).result() == 0
+
+
+def test_run_that_learned_nothing_says_so(
+    model_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    warning = "<cat> is still its initializer"
+    assert cli.run(_arguments(model_path, folder, "--learning-rate", "0.02")) == 0
+    assert warning not in capsys.readouterr().err
+    losses = iter([1.0, 1.5, 1.5, 1.5])
+    monkeypatch.setattr(Objective, "evaluate", lambda *_, **__: next(losses))
+    assert cli.run(_arguments(model_path, folder)) == 0
+    assert warning in (err := capsys.readouterr().err)
+    assert "lower --learning-rate" in err and "--steps" in err
+
+
+def test_overwritten_output_is_said(
+    model_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _arguments(model_path, folder)
+    assert cli.run(arguments) == 0
+    assert "overwritten" not in capsys.readouterr().err
+    assert cli.run(arguments) == 0
+    assert f"{arguments.output} exists and will be overwritten" in capsys.readouterr().err
+
+
+def test_bar_shows_no_nan(
+    model_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(_arguments(model_path, folder)) == 0
+    err = capsys.readouterr().err
+    assert "best=" in err and "nan" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names there are text")
+def test_file_names_that_cannot_be_printed_are_escaped(
+    model_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (folder / "0.png").read_bytes()
+    (folder / "0.png").rename(folder / "fuchs \u00fc.png")
+    (folder / "bell\a\x1b[31m.txt").write_text("not an image")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(content[:-1] + b"?")
+    output = os.fsdecode(os.fsencode(folder.parent) + b"/\xfe.safetensors")
+    assert cli.run(_arguments(model_path, folder, "--output", output)) == 0
+    assert Path(output).is_file()
+    printed = capsys.readouterr().out
+    assert "fuchs \u00fc.png" in printed
+    assert r"'\udcff.png'" in printed
+    assert r"skipped 'bell\x07\x1b[31m.txt'" in printed
+    assert r"\udcfe.safetensors'" in printed
+    assert all(character.isprintable() for character in printed.replace("\n", ""))
 
 
 def test_resume_with_other_options_is_refused(
@@ -163,7 +266,11 @@ def test_checkpoints_and_previews_come_when_due(
     [
         (["--steps", "0"], "steps must be at least 1"),
         (["--model", "/nowhere"], "no such folder"),
+        (["--num-vectors", "1000000000"], "num_vectors=1000000000 .* at most"),
         (["--device", "abacus"], "cannot use --device abacus"),
+        (["--device", "meta"], "cannot use --device meta"),
+        (["--device", "hpu"], "cannot use --device hpu"),
+        (["--device", ""], "cannot use --device ''"),
         (["--output", "/proc/x.safetensors"], "cannot write to /proc"),
         (["--output", "/"], "is a folder"),
         (["--resume"], "start without --resume"),
@@ -203,3 +310,15 @@ def test_previews_are_the_images_that_diffusers_draws(model_path: Path) -> None:
     # Rounding to 8 bits may fall to either side of a half.
     difference = np.asarray(drawn).astype(int) - np.asarray(expected).astype(int)
     assert np.abs(difference).max() <= 1
+
+
+def test_previews_do_not_clip_latents_where_the_config_does_not_say(model_path: Path) -> None:
+    vectors = 0.1 * torch.randn((1, 24), generator=torch.Generator().manual_seed(0))
+    concept = Concept(placeholder_token="<cat>", learned_embeddings=vectors.numpy())
+    model = load_model(model_path)
+    silent = {k: v for k, v in model.scheduler_config.items() if k != "clip_sample"}
+    drawn = [
+        sample_images(m, concept, ["a photo of <cat>"], size=16)[0].tobytes()
+        for m in (model, dataclasses.replace(model, scheduler_config=silent))
+    ]
+    assert drawn[0] == drawn[1]

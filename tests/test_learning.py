@@ -1,8 +1,10 @@
 """Learning: the loss, the splice, the step, resume, and what must never happen."""
 
 import dataclasses
+import errno
 import hashlib
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,15 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from engine.concepts import Concept
+from engine.concepts import MAX_NUM_VECTORS, Concept
 from engine.prompts import PromptReader
 from tests.tiny_model import make_tiny_model
-from trainer.checkpoints import RunIdentity, read_checkpoint, write_checkpoint
+from trainer.checkpoints import (
+    RunIdentity,
+    model_fingerprint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from trainer.diffusion_loss import (
     NoiseSchedule,
     add_noise,
@@ -68,6 +75,10 @@ def images() -> TrainingImages:
 
 def _last(model: DiffusionModel, images: TrainingImages, options: LearnOptions) -> LearnState:
     return list(learn(model, images, options))[-1]
+
+
+def _identity(model: DiffusionModel, images: TrainingImages, options: LearnOptions) -> RunIdentity:
+    return RunIdentity.of(model, images, options, placeholder_token="<cat>")
 
 
 def _tensors(state: LearnState) -> dict[str, Tensor]:
@@ -234,13 +245,32 @@ def test_templates_hold_one_slot_and_no_prompt_syntax() -> None:
             assert not set(template) & set("()[]:\\<>")
 
 
+@pytest.mark.parametrize("num_vectors", [36, 38, 39, 75, 76, 1000, 10**9])
 def test_more_vectors_than_room_is_an_error_with_the_limit(
-    model: DiffusionModel, images: TrainingImages
+    model: DiffusionModel, num_vectors: int
 ) -> None:
     # "a photo of {}" is three tokens of the tiny model, of the 38 between BOS and EOS.
-    with pytest.raises(LearningError, match="num_vectors=36 .* 38 places.* at most 35"):
-        _last(model, images, dataclasses.replace(OPTIONS, num_vectors=36))
-    TemplatePrompts.lay_out(model, ["a photo of {}"], 35)
+    message = f"num_vectors={num_vectors} .*'a photo of {{}}'.* 38 places.* need 3;.* at most 35"
+    with pytest.raises(LearningError, match=message):
+        TemplatePrompts.lay_out(model, ["a photo of {}", "a {}"], num_vectors)
+
+
+def test_as_many_vectors_as_there_is_room_are_laid_out(model: DiffusionModel) -> None:
+    prompts = TemplatePrompts.lay_out(model, ["a photo of {}", "a {}"], 35)
+    assert prompts.slots[:, 0].tolist() == [4, 2]  # behind BOS and the words
+    assert prompts.eos_index.tolist() == [39, 37]
+
+
+def test_more_vectors_than_a_concept_file_holds_are_refused(tmp_path: Path) -> None:
+    long = load_model(make_tiny_model(tmp_path, max_tokens=100, unet_channels=(8, 16)))
+    TemplatePrompts.lay_out(long, ["a photo of {}"], MAX_NUM_VECTORS)
+    with pytest.raises(LearningError, match="num_vectors=76 .* at most 75"):
+        TemplatePrompts.lay_out(long, ["a photo of {}"], MAX_NUM_VECTORS + 1)
+
+
+def test_encoder_too_short_for_the_templates_is_said(model: DiffusionModel) -> None:
+    with pytest.raises(LearningError, match="38 places, the words need 40; .*longer text encoder"):
+        TemplatePrompts.lay_out(model, ["a " * 40 + "{}"], 1)
 
 
 # --- where the vectors start ---
@@ -405,6 +435,40 @@ def test_nan_is_an_error_with_step_rate_and_remedy(
     assert good.step == 2 and good.vectors.isfinite().all()
 
 
+def _break(model: DiffusionModel) -> None:
+    with torch.no_grad():
+        model.unet.conv_out.weight.fill_(math.nan)
+
+
+def test_evaluation_that_is_nan_is_an_error_before_the_first_step(
+    own_model: DiffusionModel, images: TrainingImages
+) -> None:
+    _break(own_model)
+    with pytest.raises(Diverged, match=r"step 0: evaluation loss nan.*float32"):
+        next(learn(own_model, images, OPTIONS))
+
+
+def test_evaluation_that_is_nan_is_an_error_and_never_the_best(
+    own_model: DiffusionModel, images: TrainingImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = learn(own_model, images, OPTIONS)
+    good = [next(states) for _ in range(3)][-1]
+    monkeypatch.setattr(Objective, "evaluate", lambda *_, **__: math.nan)
+    with pytest.raises(Diverged, match=r"step 3: evaluation loss nan.*learning rate 0\.00.*lower"):
+        next(states)
+    assert math.isfinite(good.best_evaluation_loss)
+
+
+def test_every_image_is_evaluated(model: DiffusionModel) -> None:
+    for num_images, expected in ((3, 32), (32, 32), (50, 50)):
+        pixels = torch.rand((num_images, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1))
+        latents = LatentDistribution.encode(model, pixels)
+        prompts = TemplatePrompts.lay_out(model, OBJECT_TEMPLATES, 1)
+        batch = Objective.of(model, latents, prompts).draw_evaluation(32)
+        assert len(batch.latents) == expected
+        assert len(batch.latents.unique(dim=0)) == num_images
+
+
 def test_gradient_that_stays_zero_is_an_error(
     own_model: DiffusionModel, images: TrainingImages
 ) -> None:
@@ -420,6 +484,8 @@ def test_gradient_that_stays_zero_is_an_error(
     ("name", "value"),
     [
         ("steps", 0),
+        ("steps", 1_000_001),
+        ("batch_size", 4097),
         ("batch_size", 0),
         ("num_vectors", -1),
         ("eval_every", 0),
@@ -435,6 +501,11 @@ def test_options_out_of_range_are_refused_by_name(name: str, value: Any) -> None
         LearnOptions(**{name: value})
 
 
+def test_largest_options_are_allowed() -> None:
+    options = LearnOptions(steps=1_000_000, batch_size=4096)
+    assert (options.steps, options.batch_size) == (1_000_000, 4096)
+
+
 # --- checkpoints ---
 
 
@@ -442,7 +513,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     model: DiffusionModel, images: TrainingImages, tmp_path: Path
 ) -> None:
     options = LearnOptions(steps=40, batch_size=2, eval_every=15, num_vectors=2)
-    identity = RunIdentity.of(model, images, options)
+    identity = _identity(model, images, options)
     states = list(learn(model, images, options))
     write_checkpoint(tmp_path / "checkpoint", states[20], identity)
     resumed = list(
@@ -462,7 +533,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
 def test_checkpoint_of_the_first_state_can_be_read(
     model: DiffusionModel, images: TrainingImages, tmp_path: Path
 ) -> None:
-    identity = RunIdentity.of(model, images, OPTIONS)
+    identity = _identity(model, images, OPTIONS)
     first = next(learn(model, images, OPTIONS))
     write_checkpoint(tmp_path / "checkpoint", first, identity)
     read = read_checkpoint(tmp_path / "checkpoint", identity)
@@ -473,12 +544,15 @@ def test_checkpoint_of_another_run_is_refused_and_says_what_differs(
     model: DiffusionModel, images: TrainingImages, tmp_path: Path
 ) -> None:
     path = tmp_path / "checkpoint"
-    identity = RunIdentity.of(model, images, OPTIONS)
+    identity = _identity(model, images, OPTIONS)
     write_checkpoint(path, next(learn(model, images, OPTIONS)), identity)
     seven = {**identity.options, "seed": 7}
     others = {
         "seed is 7, it was 0": dataclasses.replace(identity, options=seven),
         r"images differ \(1 now, 3 then\)": dataclasses.replace(identity, images=("f" * 64,)),
+        "placeholder_token is '<dog>', it was '<cat>'": dataclasses.replace(
+            identity, placeholder_token="<dog>"
+        ),
         "model is another one": dataclasses.replace(identity, model="0" * 64),
     }
     for message, other in others.items():
@@ -486,20 +560,50 @@ def test_checkpoint_of_another_run_is_refused_and_says_what_differs(
             read_checkpoint(path, other)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
 def test_fine_tuned_model_is_another_model(
-    own_model: DiffusionModel, images: TrainingImages
+    own_model: DiffusionModel, images: TrainingImages, part: str
 ) -> None:
-    before = RunIdentity.of(own_model, images, OPTIONS).model
+    before = _identity(own_model, images, OPTIONS).model
+    assert _identity(own_model, images, OPTIONS).model == before
+    weight = max(getattr(own_model, part).parameters(), key=Tensor.numel)
     with torch.no_grad():
-        own_model.unet.conv_in.weight.add_(1e-3)
-    assert RunIdentity.of(own_model, images, OPTIONS).model != before
+        weight.view(-1)[-1] += 1e-3
+    assert _identity(own_model, images, OPTIONS).model != before
+
+
+def test_other_configs_make_another_model(own_model: DiffusionModel) -> None:
+    found = {model_fingerprint(own_model)}
+    scheduler_config = {**own_model.scheduler_config, "beta_end": 0.013}
+    found.add(model_fingerprint(dataclasses.replace(own_model, scheduler_config=scheduler_config)))
+    own_model.unet.register_to_config(norm_eps=1e-4)
+    found.add(model_fingerprint(own_model))
+    own_model.text_encoder.config.hidden_act = "gelu"
+    found.add(model_fingerprint(own_model))
+    own_model.tokenizer.add_tokens(["<new>"])
+    found.add(model_fingerprint(own_model))
+    assert len(found) == 5
+
+
+def test_fingerprint_depends_neither_on_place_nor_on_name(
+    model: DiffusionModel, model_path: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(model_path, tmp_path / "elsewhere")
+    assert model_fingerprint(load_model(copy)) == model_fingerprint(model)
+
+
+def test_fingerprint_reads_scalars_and_bfloat16(own_model: DiffusionModel) -> None:
+    own_model.unet.register_buffer("scalar", torch.tensor(1.0, dtype=torch.bfloat16))
+    one = model_fingerprint(own_model)
+    own_model.unet.register_buffer("scalar", torch.tensor(2.0, dtype=torch.bfloat16))
+    assert model_fingerprint(own_model) != one
 
 
 def test_damaged_checkpoint_is_an_error_that_names_it(
     model: DiffusionModel, images: TrainingImages, tmp_path: Path
 ) -> None:
     path = tmp_path / "checkpoint"
-    identity = RunIdentity.of(model, images, OPTIONS)
+    identity = _identity(model, images, OPTIONS)
     write_checkpoint(path, next(learn(model, images, OPTIONS)), identity)
     whole = path.read_bytes()
     for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
@@ -517,12 +621,12 @@ def test_failed_write_leaves_the_checkpoint_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "checkpoint"
-    identity = RunIdentity.of(model, images, OPTIONS)
+    identity = _identity(model, images, OPTIONS)
     states = list(learn(model, images, OPTIONS))
     write_checkpoint(path, states[2], identity)
 
     def fail(_: int) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):

@@ -20,13 +20,11 @@ from trainer.images import TrainingImages
 from trainer.learning import LearnOptions, LearnState
 from trainer.model import DiffusionModel
 
-FORMAT = "oneword-checkpoint/1"
+FORMAT = "oneword-checkpoint/2"
 _TENSORS = ("vectors", "first_moment", "second_moment", "best_vectors", "rng_state")
 _SCALARS = tuple(
     field.name for field in dataclasses.fields(LearnState) if field.name not in _TENSORS
 )
-# Enough of each weight to tell a fine-tune from its origin, without reading gigabytes.
-_VALUES_PER_WEIGHT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,24 +32,34 @@ class RunIdentity:
     """What must be the same for a run to go on as if it had never stopped."""
 
     options: Mapping[str, Any]  # fields of LearnOptions
+    placeholder_token: str  # of the concept that the run ends in
     images: tuple[str, ...]  # SHA-256 of the files, in order
     model: str  # `model_fingerprint`
 
     @classmethod
-    def of(cls, model: DiffusionModel, images: TrainingImages, options: LearnOptions) -> Self:
+    def of(
+        cls,
+        model: DiffusionModel,
+        images: TrainingImages,
+        options: LearnOptions,
+        *,
+        placeholder_token: str,
+    ) -> Self:
         return cls(
             options=dataclasses.asdict(options),
+            placeholder_token=placeholder_token,
             images=images.sha256,
             model=model_fingerprint(model),
         )
 
     def differences(self, other: "RunIdentity") -> list[str]:
         """In words, what differs between this run and the one that wrote a checkpoint."""
-        names = sorted(self.options.keys() | other.options.keys())
+        now = {**self.options, "placeholder_token": self.placeholder_token}
+        then = {**other.options, "placeholder_token": other.placeholder_token}
         found = [
-            f"{name} is {self.options.get(name)!r}, it was {other.options.get(name)!r}"
-            for name in names
-            if self.options.get(name) != other.options.get(name)
+            f"{name} is {now.get(name)!r}, it was {then.get(name)!r}"
+            for name in sorted(now.keys() | then.keys())
+            if now.get(name) != then.get(name)
         ]
         if self.images != other.images:
             found.append(f"the images differ ({len(self.images)} now, {len(other.images)} then)")
@@ -61,15 +69,31 @@ class RunIdentity:
 
 
 def model_fingerprint(model: DiffusionModel) -> str:
-    """SHA-256 over the names, shapes and first values of all weights, and the noise schedule."""
-    schedule = json.dumps(model.scheduler_config, sort_keys=True, default=str)
-    digest = hashlib.sha256(schedule.encode())
-    for part in (model.text_encoder, model.unet, model.vae):
-        for name, weight in part.state_dict().items():
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            values = weight.flatten()[:_VALUES_PER_WEIGHT].float().cpu().contiguous()
-            digest.update(values.numpy().tobytes())
+    """SHA-256 over every weight, the configs of all parts, noise schedule and tokenizer.
+
+    Of the loaded parts, so that it depends neither on where the model lies nor on the device.
+    """
+    parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
+    described = {
+        "text_encoder": _public(model.text_encoder.config.to_dict()),
+        "unet": _public(model.unet.config),
+        "vae": _public(model.vae.config),
+        "scheduler": _public(model.scheduler_config),
+        "tokenizer": model.tokenizer.backend_tokenizer.to_str(),
+        "special_tokens": model.tokenizer.special_tokens_map,
+    }
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for part, module in parts.items():
+        for name, weight in module.state_dict().items():
+            digest.update(f"{part}.{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            # As bytes, since NumPy lacks bfloat16; flat, since a scalar cannot be viewed so.
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the private keys: they say where the model lies, not what it is."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def write_checkpoint(path: Path, state: LearnState, identity: RunIdentity) -> None:
@@ -99,7 +123,7 @@ def read_checkpoint(path: Path, identity: RunIdentity) -> LearnState:
     if differences := identity.differences(written_by):
         raise CheckpointError(
             f"{path} belongs to another run: {'; '.join(differences)}; "
-            "use the same settings, or start anew without --resume"
+            "use the same settings, or delete it and start anew without --resume"
         )
     return state
 
@@ -110,17 +134,22 @@ def _parse(content: bytes, path: Path) -> tuple[LearnState, RunIdentity]:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header["__metadata__"]
         if metadata["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {metadata['format']!r}, expected {FORMAT!r}")
+            raise CheckpointError(
+                f"{path} has format {metadata['format']!r}, expected {FORMAT!r}; delete it "
+                "and start anew without --resume"
+            )
         identity = json.loads(metadata["identity"])
         state = LearnState(**_checked(tensors), **json.loads(metadata["state"]))
         return state, RunIdentity(
             options=identity["options"],
+            placeholder_token=identity["placeholder_token"],
             images=tuple(identity["images"]),
             model=identity["model"],
         )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is not a checkpoint or is damaged ({error}); start anew without --resume"
+            f"{path} is not a checkpoint or is damaged ({error}); delete it and start anew "
+            "without --resume"
         ) from error
 
 

@@ -6,29 +6,30 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from engine.concepts import Concept, check_placeholder_token, write_concept
 from engine.files import write_atomically
+from engine.printing import printable
 from trainer.checkpoints import RunIdentity, read_checkpoint, write_checkpoint
 from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
 from trainer.images import TrainingImages, read_images
 from trainer.learning import LearnOptions, LearnState, learn
 from trainer.model import DiffusionModel, load_model
 from trainer.quiet import quiet_libraries
-from trainer.sampling import image_size, png_bytes, sample_images
+from trainer.sampling import image_size, png_bytes, sample_images, side_by_side
 from trainer.splicing import text_spec
+from trainer.terminal import Terminated, sigterm_raises
 
 _DEFAULTS = LearnOptions()
-_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+_INTERRUPTED = 130  # the shell's exit codes: Ctrl-C,
+_TERMINATED = 143  # and SIGTERM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +89,8 @@ def _positive(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Learn as told, report, write the concept. Raises `EngineError` or `LearningError`.
 
-    Returns 0, or 130 after Ctrl-C, when the run has been saved and can be resumed.
+    Returns 0, or after Ctrl-C 130 and after SIGTERM 143: the run has then been saved and can be
+    resumed.
     """
     started = time.monotonic()
     quiet_libraries()
@@ -97,7 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_placeholder_token(arguments.placeholder_token)
     job = _Job.prepare(arguments, options)
     try:
-        state = job.learn()
+        with sigterm_raises():
+            state = job.learn()
+    except Terminated:
+        return _TERMINATED
     except KeyboardInterrupt:
         return _INTERRUPTED
     print(job.finish(state, seconds=time.monotonic() - started))
@@ -126,7 +131,9 @@ class _Job:
         model = _load_model(arguments)
         images = read_images(arguments.images, size=image_size(model))
         _report_images(images, image_size(model))
-        identity = RunIdentity.of(model, images, options)
+        identity = RunIdentity.of(
+            model, images, options, placeholder_token=arguments.placeholder_token
+        )
         return cls(
             arguments=arguments,
             options=options,
@@ -148,11 +155,18 @@ class _Job:
                 states = learn(self.model, self.images, self.options, resume_from=state)
                 for state in states:
                     self._attend(state, bar)
-        except KeyboardInterrupt:
-            print(self._saved(state, "interrupted"), file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            why = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
+            advice = "the same command with --resume goes on"
+            print(f"{why} {self._saved(state, advice)}", file=sys.stderr)
             raise
         except (Diverged, NoGradient) as error:
-            raise type(error)(f"{error}; {self._saved(state, 'stopped')}") from error
+            # Not --resume: the same step would fail again, and other settings are another run.
+            advice = (
+                f"delete {self.checkpoint} and start with a lower --learning-rate, since "
+                "--resume would come to the same step"
+            )
+            raise type(error)(f"{error}; stopped {self._saved(state, advice)}") from error
         if state is None:
             raise LearningError("the run yielded no state")
         return state
@@ -160,21 +174,20 @@ class _Job:
     def _attend(self, state: LearnState, bar: "tqdm[NoReturn]") -> None:
         """What happens to a state: progress bar, preview, checkpoint."""
         bar.update(state.step - bar.n)
-        bar.set_postfix(loss=f"{state.loss:.4f}", best=f"{state.best_evaluation_loss:.4f}")
+        loss = {"loss": f"{state.loss:.4f}"} if state.step else {}  # before step 1 there is none
+        bar.set_postfix(loss, best=f"{state.best_evaluation_loss:.4f}")
         every = self.arguments.preview_every
         if every and state.step % every == 0:
             self._write_preview(state)
         if state.step and state.step % self.arguments.checkpoint_every == 0:
             write_checkpoint(self.checkpoint, state, self.identity)
 
-    def _saved(self, state: LearnState | None, why: str) -> str:
+    def _saved(self, state: LearnState | None, advice: str) -> str:
+        """Save what there is; says when it was, where it is, and what to do with it."""
         if state is None:
-            return f"{why} before the first step; nothing to save"
+            return "before the first step; nothing to save"
         write_checkpoint(self.checkpoint, state, self.identity)
-        return (
-            f"{why} after step {state.step}; state and best vectors are in {self.checkpoint}; "
-            "the same command with --resume goes on"
-        )
+        return f"after step {state.step}; state and best vectors are in {self.checkpoint}; {advice}"
 
     def _write_preview(self, state: LearnState) -> None:
         concept = Concept(
@@ -185,10 +198,12 @@ class _Job:
         drawn = sample_images(self.model, concept, prompts, size=image_size(self.model))
         output: Path = self.arguments.output
         path = output.with_name(f"{output.stem}.step-{state.step:05d}.png")
-        write_atomically(path, png_bytes(_side_by_side(drawn)))
+        write_atomically(path, png_bytes(side_by_side(drawn)))
 
     def finish(self, state: LearnState, *, seconds: float) -> str:
         """Write the concept, remove the checkpoint, and say what came out."""
+        if state.best_step == 0:
+            _warn_nothing_learned(self.arguments.placeholder_token)
         concept = Concept(
             placeholder_token=self.arguments.placeholder_token,
             learned_embeddings=state.best_vectors.numpy(),
@@ -200,7 +215,7 @@ class _Job:
         return (
             f"evaluation loss {state.initial_evaluation_loss:.4f} -> "
             f"{state.best_evaluation_loss:.4f} (step {state.best_step} of {state.step}), "
-            f"{seconds:.0f} s; wrote {self.arguments.output}"
+            f"{seconds:.0f} s; wrote {printable(self.arguments.output)}"
         )
 
 
@@ -230,6 +245,15 @@ def _version() -> str:
         return "oneword (not installed)"
 
 
+def _warn_nothing_learned(placeholder_token: str) -> None:
+    print(
+        f"nothing was learned: no evaluation was better than the one before the first step, so "
+        f"{placeholder_token} is still its initializer; lower --learning-rate or give more "
+        "--steps",
+        file=sys.stderr,
+    )
+
+
 def _checkpoint_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.checkpoint")
 
@@ -244,34 +268,33 @@ def _check_output(output: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise LearningError(f"cannot write to {output.parent}: {error.strerror}") from error
+    if output.exists():
+        print(f"{printable(output)} exists and will be overwritten", file=sys.stderr)
 
 
 def _load_model(arguments: argparse.Namespace) -> DiffusionModel:
     model = load_model(arguments.model, revision=arguments.revision)
     try:
         device = torch.device(arguments.device)
+        torch.ones(1, device=device).add(1).item()  # `meta` takes weights, but computes nothing
         for part in (model.text_encoder, model.unet, model.vae):
             part.to(device)  # pyright: ignore[reportArgumentType]
-    except (RuntimeError, AssertionError) as error:  # unknown name, or PyTorch without it
+    # Unknown name, PyTorch without it, or a device whose own package is missing.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LearningError(
-            f"cannot use --device {shlex.quote(arguments.device)}: {str(error).splitlines()[0]}"
+            f"cannot use --device {shlex.quote(arguments.device)}: {reason}"
         ) from error
     return model
 
 
 def _report_images(images: TrainingImages, size: int) -> None:
-    print(f"{len(images.names)} images, {size} x {size} pixels: {', '.join(images.names)}")
+    print(
+        f"{len(images.names)} images, {size} x {size} pixels: {', '.join(map(printable, images.names))}"
+    )
     for name in images.upscaled:
-        print(f"  {name} is smaller than {size} pixels and was enlarged; a larger one is better")
+        print(
+            f"  {printable(name)} is below {size} pixels and was enlarged; a larger one is better"
+        )
     for file in images.skipped:
-        print(f"  skipped {file.name}: {file.reason}")
-
-
-def _side_by_side(images: Iterable[Image.Image]) -> Image.Image:
-    images = list(images)
-    sheet = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)))
-    left = 0
-    for image in images:
-        sheet.paste(image, (left, 0))
-        left += image.width
-    return sheet
+        print(f"  skipped {printable(file.name)}: {file.reason}")

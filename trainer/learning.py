@@ -23,7 +23,9 @@ from trainer.objective import Batch, Objective
 from trainer.splicing import TemplatePrompts
 from trainer.templates import LearnableProperty, templates_for
 
-EVALUATION_BATCH_SIZE = 32
+EVALUATION_BATCH_SIZE = 32  # at least; with more images, one sample of each
+MAX_STEPS = 1_000_000
+MAX_BATCH_SIZE = 4096
 _MAX_ZERO_GRADIENTS = 5
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
@@ -46,6 +48,9 @@ class LearnOptions:
         for name in ("steps", "batch_size", "num_vectors", "eval_every"):
             if getattr(self, name) < 1:
                 raise LearningError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, limit in (("steps", MAX_STEPS), ("batch_size", MAX_BATCH_SIZE)):
+            if getattr(self, name) > limit:
+                raise LearningError(f"{name} must be at most {limit}, got {getattr(self, name)}")
         if not 0.0 < self.learning_rate <= 1.0:
             raise LearningError(
                 f"learning_rate must be above 0 and at most 1, got {self.learning_rate}"
@@ -129,6 +134,11 @@ class _Run:
             generator=generator,
         )
         evaluation_loss = self._evaluate(vectors)
+        if not math.isfinite(evaluation_loss):
+            raise Diverged(
+                f"step 0: evaluation loss {evaluation_loss} before anything was learned; the model "
+                "overflows or its weights are broken: load it in float32, or use another one"
+            )
         return LearnState(
             step=0,
             vectors=vectors,
@@ -191,15 +201,17 @@ class _Run:
         if not due:
             return replace(state, evaluation_loss=None)
         evaluation_loss = self._evaluate(state.vectors)
+        if not math.isfinite(evaluation_loss):
+            raise self._diverged(state.step, f"evaluation loss {evaluation_loss}")
         state = replace(state, evaluation_loss=evaluation_loss)
-        if evaluation_loss >= state.best_evaluation_loss:
-            return state
-        return replace(
-            state,
-            best_step=state.step,
-            best_vectors=state.vectors,
-            best_evaluation_loss=evaluation_loss,
-        )
+        if evaluation_loss < state.best_evaluation_loss:
+            state = replace(
+                state,
+                best_step=state.step,
+                best_vectors=state.vectors,
+                best_evaluation_loss=evaluation_loss,
+            )
+        return state
 
     def _evaluate(self, vectors: Float32[Tensor, "num_vectors dim"]) -> float:
         # A sample without gradient takes a fraction of the memory of one with.
@@ -208,11 +220,14 @@ class _Run:
 
     def _check_finite(self, state: LearnState, loss: float, grad_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise Diverged(
-                f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm} at learning rate "
-                f"{self._learning_rate(state.step):.3g}; lower --learning-rate (a tenth of it), or "
-                "load the model in float32 if it is in half precision"
-            )
+            raise self._diverged(state.step + 1, f"loss {loss}, gradient norm {grad_norm}")
+
+    def _diverged(self, step: int, what: str) -> Diverged:
+        return Diverged(
+            f"step {step}: {what} at learning rate {self._learning_rate(step - 1):.3g}; lower "
+            "--learning-rate (a tenth of it), or load the model in float32 if it is in half "
+            "precision"
+        )
 
     def _check_moves(self, state: LearnState) -> None:
         if state.zero_gradients >= _MAX_ZERO_GRADIENTS:

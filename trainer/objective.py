@@ -80,9 +80,12 @@ class Objective:
         return self._batch(sampled, generator)
 
     def draw_evaluation(self, batch_size: int) -> Batch:
-        """The fixed batch: the same for every step, run and seed on the same images."""
+        """The fixed batch: the same for every step, run and seed on the same images.
+
+        Images take turns; where there are more than `batch_size`, each has one sample.
+        """
         generator = torch.Generator().manual_seed(_EVALUATION_SEED)
-        images = torch.arange(batch_size) % len(self.latents)
+        images = torch.arange(max(batch_size, len(self.latents))) % len(self.latents)
         return self._batch(self.latents.mean[images], generator)
 
     def _batch(

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from jaxtyping import Float32
 from PIL import Image
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from engine.concepts import Concept
 from engine.prompts import PromptReader
 from trainer.model import DiffusionModel
+from trainer.sampler_tables import make_scheduler
 from trainer.splicing import plain_tokenizer, text_spec
 from trainer.text_encoder import TextEncoder
 
@@ -39,7 +39,7 @@ def sample_images(
     negative_prompt_embeds = _encode(model, concept, [""] * len(prompts))
     prompt_embeds = _encode(model, concept, prompts)
     context = torch.cat([negative_prompt_embeds, prompt_embeds])
-    scheduler: Any = DDIMScheduler.from_config(model.scheduler_config)
+    scheduler = make_scheduler("ddim", model.scheduler_config)
     scheduler.set_timesteps(num_inference_steps, device=model.unet.device)
     latents = _noise(model, len(prompts), size, seed)
     for timestep in scheduler.timesteps:
@@ -89,3 +89,13 @@ def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """One image with all of them in a row, from the left."""
+    sheet = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)))
+    left = 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width
+    return sheet

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from engine.bundle import TextSpec
-from engine.concepts import Concept
+from engine.concepts import MAX_NUM_VECTORS, Concept
 from engine.fingerprint import embedding_fingerprint
-from engine.prompts import EncoderInput, PromptReader
+from engine.prompts import PromptReader
 from trainer.errors import LearningError
 from trainer.model import DiffusionModel
 
@@ -58,18 +58,18 @@ class TemplatePrompts:
 
     @classmethod
     def lay_out(cls, model: DiffusionModel, templates: Sequence[str], num_vectors: int) -> Self:
-        """Lay out each template once. Raises `LearningError` if one is too long for the encoder."""
+        """Lay out each template once.
+
+        Raises `LearningError` if the vectors do not fit into a concept, or beside a template's
+        words into the encoder.
+        """
         table = model.token_embedding.cpu().numpy()
         text = text_spec(model)
         reader = PromptReader(plain_tokenizer(model), table, text)
-        stand_in = Concept(
-            placeholder_token=_STAND_IN,
-            learned_embeddings=np.zeros((num_vectors, text.dim), np.float32),
-        )
-        prompts = [template.format(_STAND_IN) for template in templates]
-        inputs = [reader.read(prompt, [stand_in]) for prompt in prompts]
-        for prompt, encoder_input in zip(prompts, inputs, strict=True):
-            _check_one_chunk(prompt, encoder_input, num_vectors, text.max_tokens)
+        # Before the stand-in is made: neither a concept nor a chunk can hold just any number.
+        _check_room(reader, text, templates, num_vectors)
+        stand_in = [_stand_in(num_vectors, text.dim)]
+        inputs = [reader.read(template.format(_STAND_IN), stand_in) for template in templates]
         first = torch.tensor([encoder_input.slots[0][1] for encoder_input in inputs])
         return cls(
             frozen_embeds=torch.from_numpy(np.concatenate([i.inputs_embeds for i in inputs])),
@@ -96,14 +96,32 @@ class TemplatePrompts:
         )
 
 
-def _check_one_chunk(
-    prompt: str, encoder_input: EncoderInput, num_vectors: int, max_tokens: int
+def _stand_in(num_vectors: int, dim: int) -> Concept:
+    return Concept(
+        placeholder_token=_STAND_IN,
+        learned_embeddings=np.zeros((num_vectors, dim), np.float32),
+    )
+
+
+def _check_room(
+    reader: PromptReader, text: TextSpec, templates: Sequence[str], num_vectors: int
 ) -> None:
-    report = encoder_input.report
-    if report.num_chunks > 1 or report.cut:
-        words = report.num_tokens - num_vectors
+    """Refuse more vectors than a concept holds, or than the longest template leaves room for."""
+    places = text.max_tokens - 2
+    one = [_stand_in(1, text.dim)]
+    words, longest = max(
+        (reader.read(template.format(_STAND_IN), one).report.num_tokens - 1, template)
+        for template in templates
+    )
+    if words >= places:
         raise LearningError(
-            f"num_vectors={num_vectors} leaves no room for the template {prompt!r}: the text "
-            f"encoder has {max_tokens - 2} places, the words need {words}; "
-            f"use num_vectors of at most {max_tokens - 2 - words}"
+            f"the template {longest!r} leaves no room for a new word: the text encoder has "
+            f"{places} places, the words need {words}; use a model with a longer text encoder"
+        )
+    limit = min(places - words, MAX_NUM_VECTORS)
+    if num_vectors > limit:
+        raise LearningError(
+            f"num_vectors={num_vectors} is too many beside the template {longest!r}: the text "
+            f"encoder has {places} places, the words need {words}; a concept has up to "
+            f"{MAX_NUM_VECTORS} vectors; use num_vectors of at most {limit}"
         )
