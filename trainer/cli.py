@@ -289,9 +289,8 @@ def _load_model(arguments: argparse.Namespace) -> DiffusionModel:
 
 
 def _report_images(images: TrainingImages, size: int) -> None:
-    print(
-        f"{len(images.names)} images, {size} x {size} pixels: {', '.join(map(printable, images.names))}"
-    )
+    names = ", ".join(map(printable, images.names))
+    print(f"{len(images.names)} images, {size} x {size} pixels: {names}")
     for name in images.upscaled:
         print(
             f"  {printable(name)} is below {size} pixels and was enlarged; a larger one is better"
