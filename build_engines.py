@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from engine.errors import OneWordError
 from engine.plans import CAPABILITIES
+from trainer.messages import first_line
 
 if TYPE_CHECKING:
     from trainer.export import BuildReport
@@ -106,9 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
             progress=Progress(),
         )
     except (OneWordError, OSError) as error:
-        return fail(str(error))
+        return fail(error)
     except KeyboardInterrupt:
-        return fail("interrupted; nothing was published")
+        return fail("interrupted; nothing was published", code=130)  # as shells say of SIGINT
     print(describe(report))
     return 0
 
@@ -128,10 +129,10 @@ def describe(report: "BuildReport") -> str:
     return "\n".join(lines)
 
 
-def fail(message: str) -> int:
-    """One line for people and exit code 1 for scripts."""
-    print(f"build_engines.py: {message.strip().splitlines()[0]}", file=sys.stderr)
-    return 1
+def fail(error: object, *, code: int = 1) -> int:
+    """One line for people and an exit code for scripts."""
+    print(f"build_engines.py: {first_line(error)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ def _plan_spec(fields: Mapping[str, Any]) -> PlanSpec:
 def read_plan_manifest(folder: Path, *, build_key: str) -> PlanManifest:
     """Read `plan.json`, verify its target, its bundle and every plan's hash; deserializes nothing.
 
-    `build_key` is the bundle's; the target must be the one that `folder` is named after. Raises `BundleError` that names the file and both sides.
+    `build_key` is the bundle's; the target must be the one that `folder` is named after. Raises
+    `BundleError` that names the file and both sides.
     """
     path = folder / PLAN_MANIFEST
     if not path.is_file():

@@ -1,8 +1,12 @@
 """From a diffusers folder to a bundle: what is in it, that it is right, and what is refused."""
 
+import ast
 import dataclasses
+import errno
 import hashlib
+import itertools
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,6 +18,8 @@ import onnx
 import pytest
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from huggingface_hub import file_download
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
@@ -25,7 +31,7 @@ from engine.pipeline import Pipeline
 from engine.requests import GenerationRequest
 from engine.sessions import OnnxSession
 from tests.tiny_model import make_tiny_model
-from trainer import export
+from trainer import build_key, compile_plans, export, parity, sampler_tables
 from trainer.export import BuildReport, build_bundle
 from trainer.model import ModelError, load_model
 from trainer.onnx_graphs import (
@@ -39,13 +45,15 @@ from trainer.onnx_graphs import (
 )
 from trainer.parity import ParityError, component_errors, draw_with_diffusers, psnr_db
 from trainer.previews import FINE, fit_latent_rgb, shrunken
+from trainer.sources import ROOT, digest_of_sources
+from trainer.staging import remove_abandoned, staged_folder
 
 EMOJI_MODEL = Path(__file__).resolve().parent.parent / "models" / "emoji"
 
 
 def build(model: Path, output: Path, **options: Any) -> BuildReport:
     """A bundle with one sampler of few steps: the tables have tests of their own."""
-    return build_bundle(model, output, samplers=["ddim"], max_steps=6, **options)
+    return build_bundle(model, output, samplers=["ddim"], max_steps=8, **options)
 
 
 @pytest.fixture(scope="module")
@@ -307,8 +315,159 @@ def test_a_failed_build_leaves_nothing_behind(
 
     monkeypatch.setattr(export, "fit_latent_rgb", fail)
     with pytest.raises(OSError, match="disk full"):
-        build(tiny_model, tmp_path / "folder" / "bundle")
+        build(tiny_model, tmp_path / "folder" / "within" / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_that_names_the_bundle(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write raises it
+
+    monkeypatch.setattr(export, "fit_latent_rgb", fail)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/bundle'"):
+        build(tiny_model, tmp_path / "bundle")
+
+
+def test_other_code_is_another_build(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> str:
+        return build_key.build_key(load_model(tiny_model), precision="fp32", samplers_key="same")
+
+    before = key()
+    assert key() == before
+    monkeypatch.setattr(build_key, "digest_of_sources", lambda _: "other code")
+    assert key() != before
+
+
+def test_the_digest_of_sources_is_of_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1")
+    before = digest_of_sources(["a.py"], root=tmp_path)
+    (tmp_path / "a.py").write_text("x = 2")
+    assert digest_of_sources(["a.py"], root=tmp_path) != before
+
+
+# They say how files are moved and errors are told, not what is in a bundle.
+NOT_IN_A_KEY = {"build_job", "errors", "messages", "sampler_pool", "sources", "staging"}
+
+
+def imported_modules(name: str, found: set[str]) -> set[str]:
+    """The modules of `trainer` that one of them imports, and those that they import."""
+    if name not in found:
+        found.add(name)
+        source = ROOT / "trainer" / f"{name}.py"
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trainer."):
+                imported_modules((node.module or "").removeprefix("trainer."), found)
+    return found
+
+
+def test_every_module_of_the_exporter_is_in_a_key() -> None:
+    keyed = {*build_key.SOURCES, *sampler_tables._SOURCES, *compile_plans.SOURCES}
+    modules = {f"trainer/{name}.py" for name in imported_modules("export", set()) - NOT_IN_A_KEY}
+    assert modules == {file for file in keyed if file.startswith("trainer/")}
+
+
+def test_tables_of_another_override_are_made_again(
+    tiny_model: Path, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_manifest(bundle_copy)
+    spec = sampler_tables.SAMPLERS["ddim"]
+    changed = spec._replace(overrides={**spec.overrides, "set_alpha_to_one": True})
+    monkeypatch.setattr(sampler_tables, "SAMPLERS", {"ddim": changed})
+    # The gate draws with diffusers' own DDIM: it would refuse a sampler that is another.
+    monkeypatch.setattr(parity, "MIN_PSNR_DB", {"fp32": 0.0})
+    assert build(tiny_model, bundle_copy).was_built
+    after = read_manifest(bundle_copy)
+    assert after.files["samplers.safetensors"] != before.files["samplers.safetensors"]
+
+
+def test_the_gate_notices_a_schedule_that_is_off_by_one(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = sampler_tables.SAMPLERS["ddim"]
+    changed = spec._replace(overrides={"steps_offset": 0})
+    monkeypatch.setattr(sampler_tables, "SAMPLERS", {"ddim": changed})
+    with pytest.raises(ParityError, match="dB PSNR"):
+        build(tiny_model, tmp_path / "bundle")
+
+
+# The folder of the bundle
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A folder with a file, to be replaced."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "file").write_text("old")
+    return folder
+
+
+def replace(output: Path) -> None:
+    with staged_folder(output) as staging:
+        (staging / "file").write_text("new")
+
+
+@pytest.mark.parametrize("interrupted", [1, 2])
+def test_an_interruption_between_the_renames_leaves_the_old_folder(
+    output: Path, monkeypatch: pytest.MonkeyPatch, interrupted: int
+) -> None:
+    calls: list[Path] = []
+    rename = os.replace
+
+    def rename_then_interrupt(source: Path, target: Path) -> None:
+        rename(source, target)
+        calls.append(source)
+        if len(calls) == interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", rename_then_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        replace(output)
+    # After the second rename the new folder is there, whole.
+    assert (output / "file").read_text() == ("old" if interrupted == 1 else "new")
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_a_folder_that_cannot_be_put_back_is_put_back_by_the_next_build(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, calls = os.replace, itertools.count()
+
+    def rename_once(source: Path, target: Path) -> None:
+        if next(calls):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", rename_once)
+        replace(output)
+    assert not output.exists()
+    remove_abandoned(output)
+    assert (output / "file").read_text() == "old"
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_what_a_killed_build_left_is_cleared_away_and_a_running_one_is_left(output: Path) -> None:
+    for name in (".bundle.building-killed", ".bundle.replaced-killed", ".other.building-killed"):
+        (output.parent / name).mkdir()
+        (output.parent / name / "file").write_text("")
+    with staged_folder(output) as running:
+        replace(output)
+        assert running.is_dir()
+    assert {path.name for path in output.parent.iterdir()} == {"bundle", ".other.building-killed"}
+
+
+@pytest.mark.parametrize("name", ["link", "."])
+def test_outputs_of_another_name_are_resolved(
+    output: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (output.parent / "link").symlink_to(output)
+    monkeypatch.chdir(output if name == "." else output.parent)
+    replace(Path(name))
+    assert (output / "file").read_text() == "new"
+    assert (output.parent / "link").is_symlink()
 
 
 def test_an_interrupted_replacement_leaves_the_old_bundle(
@@ -386,6 +545,9 @@ def test_unsupported_models_are_refused_by_what_they_have(
     ("file", "content", "message"),
     [
         ("model_index.json", None, "has no model_index.json"),
+        ("model_index.json", b"[]", "cannot read the config of .*: it is a JSON list, no object"),
+        ("unet/config.json", b"[]", "cannot read the unet config of .*: it is a JSON list"),
+        ("scheduler/scheduler_config.json", b"[]", "the scheduler config of .*: it is a JSON list"),
         ("unet/config.json", None, "cannot read the unet config"),
         ("unet/diffusion_pytorch_model.safetensors", b"\0" * 64, "the weights of unet"),
         ("vae/diffusion_pytorch_model.safetensors", None, "the weights of vae"),
@@ -404,16 +566,51 @@ def test_broken_models_are_refused_by_what_is_broken(
         load_model(model_copy)
 
 
-def test_a_hub_that_does_not_answer_is_an_error_of_one_line(
+# diffusers hands on an argument that huggingface_hub does not take any more.
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+def test_a_hub_that_does_not_answer_is_an_error_of_one_line_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
-        raise OSError("we could not connect\nand a page of advice")
+        raise ConnectionError("[Errno -2] Name or service not known")
 
-    monkeypatch.setattr(DiffusionPipeline, "load_config", unreachable)
+    monkeypatch.setattr(file_download, "get_hf_file_metadata", unreachable)
     with pytest.raises(ModelError) as error:
+        load_model("no-such-owner/no-such-name")
+    message = str(error.value)
+    assert "(no such folder here, so taken for a hub id): the Hugging Face hub could not" in message
+    assert message.endswith("connect, or give the folder of a downloaded model")
+
+
+def test_an_answer_of_the_hub_is_passed_on_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*_: Any, **__: Any) -> None:
+        raise OSError("owner/name is not a valid model identifier\nand a page of advice")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", answer)
+    with pytest.raises(ModelError, match=r"hub id\): owner/name is not a valid model identifier$"):
         load_model("owner/name")
-    assert str(error.value).endswith("so taken for a hub id): we could not connect")
+
+
+# diffusers tells of the correction, and of the missing safety checker.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("absent", ["steps_offset", "clip_sample", None])
+def test_the_scheduler_config_is_that_of_the_pipeline(
+    model_copy: Path, absent: str | None, scheduler: str
+) -> None:
+    path = model_copy / "scheduler" / "scheduler_config.json"
+    config = {**json.loads(path.read_text()), "_class_name": scheduler}
+    config.pop(absent, None)
+    path.write_text(json.dumps(config))
+    edit_json(model_copy / "model_index.json", scheduler=["diffusers", scheduler])
+    load_pipeline: Any = StableDiffusionPipeline.from_pretrained
+    expected = dict(load_pipeline(model_copy).scheduler.config)
+    found = load_model(model_copy).scheduler_config
+    # What a correction has changed is no default any more, or from_config would undo it.
+    defaults = set(expected.pop("_use_default_values", ())) - {"steps_offset", "clip_sample"}
+    assert set(found.pop("_use_default_values", ())) == defaults
+    assert found == expected
+    assert found["steps_offset"] == 1 and not found.get("clip_sample", False)
 
 
 @pytest.mark.parametrize("name", ["./nothing/here", "/no/such/folder", "a/b/c", "nothing"])
@@ -486,6 +683,26 @@ def test_the_command_fails_in_one_line(
     assert quick_command(*arguments, "--output", tmp_path / "out") == 1
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_an_interruption_of_the_command_is_exit_code_130(
+    quick_command: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "load_model", interrupt)
+    assert quick_command("--model", "x", "--output", tmp_path / "out") == 130
+    assert "interrupted; nothing was published" in capsys.readouterr().err
+
+
+def test_an_error_without_words_is_told_by_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert build_engines.fail(OSError()) == 1
+    assert capsys.readouterr().err == "build_engines.py: OSError\n"
+    assert build_engines.fail("") == 1
 
 
 def test_wrong_usage_is_exit_code_2() -> None:

@@ -148,7 +148,8 @@ def plans(
     text_encoder: tuple[Path, ComponentSpec], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, PlanManifest]:
     """A folder with one compiled plan and its manifest."""
-    folder = tmp_path_factory.mktemp("plans")
+    folder = tmp_path_factory.mktemp("plans") / TARGET.folder
+    folder.mkdir()
     onnx_path, spec = text_encoder
     plan = compile_plan(
         onnx_path, folder / "text_encoder.plan", target=TARGET, spec=spec, profile=PROFILE
@@ -159,6 +160,7 @@ def plans(
         tensorrt_rtx_version=import_tensorrt_rtx().__version__,
         precision="fp16",
         bundle_build_key="key",
+        plan_key="plan key",
         components={"text_encoder": plan},
     )
     (folder / PLAN_MANIFEST).write_text(manifest.to_json())
@@ -180,6 +182,8 @@ def test_plans_of_another_build_are_refused(plans: tuple[Path, PlanManifest]) ->
 def copied(plans: tuple[Path, PlanManifest], to: Path, **changes: object) -> Path:
     """The folder again, with fields of its manifest changed."""
     folder, manifest = plans
+    to /= folder.name
+    to.mkdir()
     (to / "text_encoder.plan").write_bytes((folder / "text_encoder.plan").read_bytes())
     fields = {**json.loads(manifest.to_json()), **changes}
     (to / PLAN_MANIFEST).write_text(json.dumps(fields))
@@ -211,7 +215,9 @@ def test_a_plan_manifest_cannot_name_files_elsewhere(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 99}, "format_version 99, this version reads 1"),
+        ({"format_version": 99}, "format_version 99, this version reads 2"),
+        ({"target": "rtx:sm89"}, "compiled for rtx:sm89, the folder is not named after"),
+        ({"target": "nonsense"}, "compiled for nonsense, the folder is not named after"),
         ({"surprise": 1}, "not a plan manifest"),
         ({"components": {"text_encoder": {}}}, "not a plan manifest"),
     ],
@@ -254,20 +260,27 @@ def test_a_profile_that_cannot_be_is_refused(
         compile_plan(onnx_path, tmp_path / "a.plan", target=TARGET, spec=spec, profile=upside_down)
 
 
-@pytest.mark.slow
-def test_a_target_is_added_to_a_bundle_and_compiled_once(tmp_path: Path) -> None:
+def test_a_target_is_added_to_a_bundle_and_compiled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorrt_rtx")
+    from trainer import compile_plans
     from trainer.export import build_bundle
 
     model = make_tiny_model(tmp_path / "model")
-    options: dict[str, Any] = {"samplers": ["ddim"], "max_steps": 4, "targets": ["rtx:sm89"]}
+    options: dict[str, Any] = {"samplers": ["ddim"], "max_steps": 8, "targets": ["rtx:sm89"]}
     first = build_bundle(model, tmp_path / "bundle", **options)
     assert first.was_built and first.compiled == ("rtx:sm89",)
     second = build_bundle(model, tmp_path / "bundle", **options)
     assert not second.was_built and second.compiled == ()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "bundle"}
     folder = tmp_path / "bundle" / "plans" / "rtx-sm89"
     found = read_plan_manifest(folder, build_key=first.manifest.build_key)
     assert found.components.keys() == first.manifest.components.keys()
     denoiser = {tensor.name: tensor.dtype for tensor in found.components["denoiser"].inputs}
+    target = Target.parse("rtx:sm89")
+    assert found.plan_key == compile_plans.plan_key(target)
+    monkeypatch.setattr(compile_plans, "digest_of_sources", lambda _: "other code")
+    assert found.plan_key != compile_plans.plan_key(target)
     # The bundle is float32; its plans are compiled from float16 graphs of their own.
     assert denoiser == {"latents": "float16", "timestep": "float32", "prompt_embeds": "float16"}

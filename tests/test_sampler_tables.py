@@ -2,16 +2,22 @@
 
 import functools
 import inspect
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from engine.errors import InvalidRequest
 from engine.samplers import SamplerTable, StepCoefficients, predict_clean, read_sampler_tables, step
+from trainer import sampler_tables
 from trainer.sampler_fit import (
     GATE_TOLERANCE,
     SamplerRefused,
@@ -24,6 +30,7 @@ from trainer.sampler_tables import (
     build_sampler_tables,
     make_scheduler,
     make_table,
+    samplers_key,
 )
 from trainer.scheduler_probe import Schedule
 
@@ -353,6 +360,67 @@ def test_same_config_gives_the_same_bytes(tmp_path: Path) -> None:
             CONFIGS["epsilon"], tmp_path / file, names=["dpmpp_2m_sde"], max_steps=3, workers=1
         )
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def key_of(config: dict[str, Any]) -> str:
+    return samplers_key(config, names=["ddim", "euler"], max_steps=3)
+
+
+def test_whatever_changes_a_table_changes_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = key_of(CONFIGS["epsilon"])
+    assert key_of(dict(reversed(CONFIGS["epsilon"].items()))) == key
+    others = [key_of({**CONFIGS["epsilon"], "steps_offset": 0})]
+    others.append(samplers_key(CONFIGS["epsilon"], names=["ddim", "euler"], max_steps=4))
+    others.append(samplers_key(CONFIGS["epsilon"], names=["ddim"], max_steps=3))
+    with monkeypatch.context() as patch:
+        override = {**SAMPLERS["ddim"].overrides, "timestep_spacing": "linspace"}
+        changed = {**SAMPLERS, "ddim": SAMPLERS["ddim"]._replace(overrides=override)}
+        patch.setattr(sampler_tables, "SAMPLERS", changed)
+        others.append(key_of(CONFIGS["epsilon"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler_tables, "digest_of_sources", lambda _: "other code")
+        others.append(key_of(CONFIGS["epsilon"]))
+    assert len({key, *others}) == 1 + len(others)
+
+
+def test_an_override_counts_where_the_config_has_a_default() -> None:
+    """diffusers' from_config passes over the config's keys that `_use_default_values` lists."""
+    config = {**CONFIGS["epsilon"], "_use_default_values": ["use_karras_sigmas", "clip_sample"]}
+    assert make_scheduler("euler_karras", config).config.use_karras_sigmas
+    assert not make_scheduler("ddim", config).config.clip_sample
+
+
+WORKERS = """
+import multiprocessing, threading, time
+from trainer.sampler_pool import map_in_processes
+def tell():
+    while len(children := multiprocessing.active_children()) < 2:
+        time.sleep(0.01)
+    print(*(child.pid for child in children), flush=True)
+threading.Thread(target=tell).start()
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+list(map_in_processes(time.sleep, [60, 60, 60, 60], 2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent(sent: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKERS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as parent:
+        assert parent.stdout is not None
+        workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        for worker in workers:  # at work, not importing torch: signals are answered then
+            while not worker.num_threads() > 1:
+                time.sleep(0.05)
+        time.sleep(1)
+        parent.send_signal(sent)
+        # Their tasks would take another minute each, and two more are waiting.
+        _, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive
+        assert parent.wait(timeout=20) != 0
 
 
 def test_unknown_sampler_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ class BuildJob:
     precision: Precision
     samplers: tuple[str, ...]
     max_steps: int
+    samplers_key: str
     build_key: str
     output: Path
     progress: Progress

@@ -10,10 +10,24 @@ import torch
 from torch import nn
 
 from trainer.model import DiffusionModel
+from trainer.sources import digest_of_sources
 
-# Raise it when the same model must give other files than before: old bundles are built again.
-EXPORTER_VERSION = 1
 PACKAGES = ("torch", "diffusers", "transformers", "onnx")
+# The code that decides what is in a bundle and whether it is published; the samplers' has its own
+# key (trainer.sampler_tables.samplers_key).
+SOURCES = (
+    "engine/bundle.py",
+    "engine/fingerprint.py",
+    "engine/samplers.py",
+    "trainer/build_key.py",
+    "trainer/export.py",
+    "trainer/model.py",
+    "trainer/onnx_graphs.py",
+    "trainer/parity.py",
+    "trainer/previews.py",
+    "trainer/splicing.py",
+    "trainer/text_encoder.py",
+)
 
 
 def package_versions() -> dict[str, str]:
@@ -22,19 +36,22 @@ def package_versions() -> dict[str, str]:
 
 
 def build_key(
-    model: DiffusionModel, *, precision: str, samplers: Sequence[str], max_steps: int
+    model: DiffusionModel,
+    *,
+    precision: str,
+    samplers_key: str,
+    sources: Sequence[str] = SOURCES,
 ) -> str:
-    """SHA-256 over weights, configs, tokenizer, options and versions.
+    """SHA-256 over weights, configs, tokenizer, options, versions and the exporter's own code.
 
     Of the loaded parts and not of the files, so that a hub id and a folder are treated alike.
     """
     digest = hashlib.sha256(
         json.dumps(
             {
-                "exporter": EXPORTER_VERSION,
+                "sources": digest_of_sources(sources),
                 "precision": precision,
-                "samplers": sorted(samplers),
-                "max_steps": max_steps,
+                "samplers": samplers_key,
                 "versions": package_versions(),
                 "name": model.name,
                 "text_encoder": _public(model.text_encoder.config.to_dict()),

@@ -1,6 +1,7 @@
 """Compiled plans for a bundle that stands: exported in float16, compiled, put into its folder."""
 
-import tempfile
+import hashlib
+import json
 from pathlib import Path
 
 from engine.bundle import Manifest
@@ -20,22 +21,24 @@ from engine.plans import (
 )
 from trainer.build_job import BuildJob
 from trainer.onnx_graphs import Graph, export_graph
-from trainer.staging import staged_folder
+from trainer.sources import digest_of_sources
+from trainer.staging import locked_folder, staged_folder
+
+SOURCES = ("engine/plans.py", "trainer/compile_plans.py")
 
 
 def compile_target(job: BuildJob, manifest: Manifest, target: Target) -> bool:
     """Compile the plans of a target into the bundle; False if they are there already."""
     folder = job.output / PLANS_FOLDER / target.folder
-    if _has_plans(folder, manifest):
+    key = plan_key(target)
+    if _has_plans(folder, manifest, key):
         return False
     with (
         staged_folder(folder) as staging,
-        tempfile.TemporaryDirectory(
-            dir=job.output.parent, prefix=f".{job.output.name}.float16-"
-        ) as scratch,
+        locked_folder(job.output, "building") as scratch,
     ):
         plans = {
-            graph.name: _compile_graph(job, manifest, target, graph, staging, Path(scratch))
+            graph.name: _compile_graph(job, manifest, target, graph, staging, scratch)
             for graph in job.graphs
         }
         plan_manifest = PlanManifest(
@@ -44,19 +47,30 @@ def compile_target(job: BuildJob, manifest: Manifest, target: Target) -> bool:
             tensorrt_rtx_version=import_tensorrt_rtx().__version__,
             precision=PRECISION,
             bundle_build_key=manifest.build_key,
+            plan_key=key,
             components=plans,
         )
         (staging / PLAN_MANIFEST).write_text(plan_manifest.to_json(), encoding="utf-8")
     return True
 
 
-def _has_plans(folder: Path, manifest: Manifest) -> bool:
-    """Whether sound plans of this bundle, from the installed compiler, are there."""
+def plan_key(target: Target) -> str:
+    """SHA-256 over what decides how a bundle's graphs are compiled: target, compiler and code."""
+    made_of = {
+        "sources": digest_of_sources(SOURCES),
+        "target": str(target),
+        "tensorrt_rtx": import_tensorrt_rtx().__version__,
+        "precision": PRECISION,
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+def _has_plans(folder: Path, manifest: Manifest, key: str) -> bool:
+    """Whether sound plans of this bundle, compiled as they would be now, are there."""
     try:
-        plans = read_plan_manifest(folder, build_key=manifest.build_key)
+        return read_plan_manifest(folder, build_key=manifest.build_key).plan_key == key
     except BundleError:
         return False
-    return plans.tensorrt_rtx_version == import_tensorrt_rtx().__version__
 
 
 def _compile_graph(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.numpy import save_file
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from engine.bundle import (
     FORMAT_VERSION,
@@ -25,9 +26,9 @@ from engine.bundle import (
 from engine.errors import BundleError
 from engine.files import sha256_of_file
 from engine.plans import Target, import_tensorrt_rtx
-from engine.samplers import MAX_INFERENCE_STEPS, read_sampler_tables
+from engine.samplers import MAX_INFERENCE_STEPS
 from trainer.build_job import BuildJob, Precision, Progress
-from trainer.build_key import EXPORTER_VERSION, build_key, package_versions
+from trainer.build_key import build_key, package_versions
 from trainer.compile_plans import compile_target
 from trainer.model import DiffusionModel, load_model
 from trainer.onnx_graphs import ExportError, export_graph, graphs_of, size_multiple
@@ -40,9 +41,9 @@ from trainer.parity import (
 )
 from trainer.previews import fit_latent_rgb
 from trainer.sampler_tables import SAMPLERS as ALL_SAMPLERS
-from trainer.sampler_tables import build_sampler_tables
+from trainer.sampler_tables import build_sampler_tables, samplers_key
 from trainer.splicing import plain_tokenizer, text_spec
-from trainer.staging import staged_folder
+from trainer.staging import remove_abandoned, staged_folder
 
 PARITY = "parity.json"
 
@@ -83,6 +84,8 @@ def build_bundle(
     parsed = list(dict.fromkeys(Target.parse(target) for target in targets))
     if parsed:
         import_tensorrt_rtx()  # now, and not after minutes of export
+    output = output.resolve()  # a link is followed, and `.` has a name
+    remove_abandoned(output)
     check_output(output)
     job = _prepare(
         load_model(model, revision=revision),
@@ -131,14 +134,15 @@ def _prepare(
             f"the parity gate draws with ddim in {NUM_INFERENCE_STEPS} steps, "
             f"samplers are {', '.join(samplers)} of at most {max_steps} steps"
         )
-    key = build_key(model, precision=precision, samplers=samplers, max_steps=max_steps)
+    tables_key = samplers_key(model.scheduler_config, names=samplers, max_steps=max_steps)
     return BuildJob(
         model=model,
         graphs=graphs_of(model),
         precision=precision,
         samplers=samplers,
         max_steps=max_steps,
-        build_key=key,
+        samplers_key=tables_key,
+        build_key=build_key(model, precision=precision, samplers_key=tables_key),
         output=output,
         progress=progress,
     )
@@ -160,7 +164,7 @@ def _build(job: BuildJob, folder: Path) -> Parity:
             components[graph.name] = export_graph(graph, folder, precision=job.precision)
     _write_tokens(job.model, folder)
     with job.stage("previews"):
-        save_file({"latent_rgb": fit_latent_rgb(job.model)}, folder / LATENT_RGB)
+        (folder / LATENT_RGB).write_bytes(save({"latent_rgb": fit_latent_rgb(job.model)}))
     _write_samplers(job, folder)
     with job.stage("parity gate"):
         manifest = _write_manifest(job, folder, components)
@@ -173,8 +177,11 @@ def _build(job: BuildJob, folder: Path) -> Parity:
 
 
 def _write_tokens(model: DiffusionModel, folder: Path) -> None:
-    plain_tokenizer(model).save(str(folder / TOKENIZER))
-    save_file({"token_embedding": model.token_embedding.numpy()}, folder / TOKEN_EMBEDDING)
+    # Written by Python, whose errors are OSErrors: the libraries' own classes name no file.
+    tokenizer = plain_tokenizer(model).to_str(pretty=True)
+    (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+    table = save({"token_embedding": model.token_embedding.numpy()})
+    (folder / TOKEN_EMBEDDING).write_bytes(table)
 
 
 def _write_samplers(job: BuildJob, folder: Path) -> None:
@@ -192,26 +199,15 @@ def _write_samplers(job: BuildJob, folder: Path) -> None:
 
 
 def _has_same_samplers(job: BuildJob) -> bool:
-    """Whether the bundle that is about to be replaced has tables of the same scheduler."""
+    """Whether the bundle that is about to be replaced has the tables that would be made."""
+    path = job.output / SAMPLERS
     try:
-        manifest = read_manifest(job.output)
-        if sha256_of_file(job.output / SAMPLERS) != manifest.files[SAMPLERS]:
+        if sha256_of_file(path) != read_manifest(job.output).files[SAMPLERS]:
             return False
-        tables = read_sampler_tables(job.output / SAMPLERS)
     except (BundleError, OSError, KeyError):
         return False
-    same_steps = all(len(table.init_sigma) == job.max_steps for table in tables.values())
-    versions = _versions()
-    return (
-        same_steps
-        and tuple(sorted(tables)) == tuple(sorted(job.samplers))
-        and manifest.scheduler_config == job.model.scheduler_config
-        and all(manifest.versions.get(name) == versions[name] for name in ("diffusers", "exporter"))
-    )
-
-
-def _versions() -> dict[str, str]:
-    return {**package_versions(), "exporter": str(EXPORTER_VERSION)}
+    with safe_open(str(path), framework="numpy") as file:
+        return (file.metadata() or {}).get("key") == job.samplers_key
 
 
 def _write_manifest(job: BuildJob, folder: Path, components: dict[str, ComponentSpec]) -> Manifest:
@@ -234,7 +230,7 @@ def _write_manifest(job: BuildJob, folder: Path, components: dict[str, Component
         components=components,
         files=files,
         build_key=job.build_key,
-        versions=_versions(),
+        versions=package_versions(),
     )
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

@@ -1,21 +1,25 @@
 """Reading a Stable Diffusion 1.x/2.x model: a diffusers folder or a hub id, in parts."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from jaxtyping import Float32
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from engine.errors import OneWordError
+from trainer.messages import first_line
 
 SUPPORTED = "supported: Stable Diffusion 1.x and 2.x (one CLIP text encoder, UNet, AutoencoderKL)"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -87,9 +91,10 @@ def load_model(
     source = _source(model)
     if revision is not None and Path(source).is_dir():
         raise ModelError(f"a revision is for hub models, {source} is a folder; leave it out")
-    text_encoder_class = _check_index(source, _load_config(DiffusionPipeline, source, revision))
+    index = _load_config(DiffusionPipeline, source, revision)
+    text_encoder_class = _check_index(source, index)
     _check_unet(source, revision)
-    scheduler_config = _scheduler_config(source, revision)
+    scheduler_config = _scheduler_config(source, revision, _class_name(index, "scheduler"))
 
     def part(loader: Callable[..., _T], name: str, **options: Any) -> _T:
         return _load_part(loader, source, name, revision=revision, **options)
@@ -139,21 +144,45 @@ def _source(model: str | Path) -> str:
 def _load_config(
     loader: Any, source: str, revision: str | None, **options: Any
 ) -> Mapping[str, Any]:
+    what = " ".join([options.get("subfolder", ""), "config of", repr(source)]).strip()
     try:
-        return loader.load_config(source, revision=revision, **options)
+        config = loader.load_config(source, revision=revision, **options)
     except (OSError, ValueError) as error:
-        what = " ".join([options.get("subfolder", ""), "config of", repr(source)]).strip()
         where = "" if Path(source).is_dir() else " (no such folder here, so taken for a hub id)"
-        raise ModelError(f"cannot read the {what}{where}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the {what}{where}: {_reason(error)}") from error
+    if not isinstance(config, Mapping):
+        raise ModelError(f"cannot read the {what}: it is a JSON {type(config).__name__}, no object")
+    return config
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, or that there is no way to the hub: diffusers may hide it."""
+    causes = list(_causes(error))
+    lost = (ConnectionError, TimeoutError, LocalEntryNotFoundError)
+    answered = any(isinstance(cause, HfHubHTTPError) for cause in causes)
+    if answered or not any(isinstance(cause, lost) for cause in causes):
+        return first_line(error)
+    return (
+        "the Hugging Face hub could not be reached and the model is not in its cache; "
+        "connect, or give the folder of a downloaded model"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _class_name(index: Mapping[str, Any], name: str) -> str | None:
+    """The class of a part in model_index.json, which lists (library, class)."""
+    part = index.get(name)
+    return part[1] if isinstance(part, list | tuple) and len(part) == 2 else None
 
 
 def _check_index(source: str, index: Mapping[str, Any]) -> Any:
     """The class of the text encoder, if every part is of a class that this package knows."""
-    found = {
-        name: part[1]
-        for name, part in index.items()
-        if isinstance(part, list | tuple) and len(part) == 2 and part[1]
-    }
+    found = {name: kind for name in index if (kind := _class_name(index, name))}
     wanted = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     wrong = [
         f"{name} {found.get(name, 'is missing')}"
@@ -189,13 +218,26 @@ def _check_unet(source: str, revision: str | None) -> None:
         )
 
 
-def _scheduler_config(source: str, revision: str | None) -> dict[str, Any]:
-    """The scheduler's config, with the two corrections that StableDiffusionPipeline makes to it."""
-    config = dict(_load_config(DDIMScheduler, source, revision, subfolder="scheduler"))
-    if "steps_offset" in config:
-        config["steps_offset"] = 1
-    if "clip_sample" in config:
-        config["clip_sample"] = False
+def _scheduler_config(source: str, revision: str | None, class_name: str | None) -> dict[str, Any]:
+    """`pipe.scheduler.config` of StableDiffusionPipeline: complete, with its two corrections.
+
+    A key that the file lacks has the default of the model's own scheduler class; the corrections
+    are for those as well.
+    """
+    written = _load_config(DDIMScheduler, source, revision, subfolder="scheduler")
+    class_name = class_name or str(written.get("_class_name"))
+    scheduler_class: Any = getattr(diffusers, class_name, None)
+    if SchedulerMixin not in getattr(scheduler_class, "__mro__", ()):
+        raise ModelError(f"{source}: diffusers has no scheduler {class_name!r}")
+    try:
+        config = dict(scheduler_class.from_config(dict(written)).config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{source}: cannot make its {class_name}: {first_line(error)}") from error
+    corrections = {"steps_offset": 1, "clip_sample": False}
+    config |= {key: value for key, value in corrections.items() if key in config}
+    # Other schedulers' from_config passes over the keys listed here: a correction must count.
+    if defaults := set(config.pop("_use_default_values", ())) - corrections.keys():
+        config["_use_default_values"] = sorted(defaults)
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise ModelError(
@@ -210,7 +252,7 @@ def _load_tokenizer(source: str, revision: str | None) -> CLIPTokenizer:
     try:
         return CLIPTokenizer.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise ModelError(f"{source}: cannot read the tokenizer: {_first_line(error)}") from error
+        raise ModelError(f"{source}: cannot read the tokenizer: {_reason(error)}") from error
 
 
 def _load_part(loader: Callable[..., _T], source: str, name: str, **options: Any) -> _T:
@@ -222,7 +264,7 @@ def _load_part(loader: Callable[..., _T], source: str, name: str, **options: Any
         except Exception as error:  # OSError if absent; safetensors and torch have their own
             failures.append(error)
     raise ModelError(
-        f"{source}: cannot read the weights of {name}: {_first_line(failures[0])} "
+        f"{source}: cannot read the weights of {name}: {_reason(failures[0])} "
         "(only .safetensors files are read)"
     ) from failures[0]
 
@@ -241,7 +283,3 @@ def _check_fit(model: DiffusionModel) -> None:
             f"{model.name}: the UNet wants prompt embeddings of width {cross_attention_dim}, "
             f"the text encoder gives {dim}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -5,17 +5,15 @@ table is run against that scheduler before it is written.
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import json
-import multiprocessing
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
@@ -34,6 +32,8 @@ from safetensors.numpy import save
 from engine.files import write_atomically
 from engine.samplers import FORMAT, MAX_INFERENCE_STEPS, SamplerTable
 from trainer.sampler_fit import TableReport, tabulate
+from trainer.sampler_pool import map_in_processes
+from trainer.sources import digest_of_sources
 
 
 class SamplerSpec(NamedTuple):
@@ -82,6 +82,15 @@ SAMPLERS: Mapping[str, SamplerSpec] = {
 }
 
 
+_SOURCES = (
+    "engine/samplers.py",
+    "trainer/sampler_fit.py",
+    "trainer/sampler_tables.py",
+    "trainer/scheduler_probe.py",
+)
+_PACKAGES = ("diffusers", "numpy", "scipy", "torch")
+
+
 def make_scheduler(name: str, scheduler_config: Mapping[str, Any]) -> Any:
     """The scheduler of `pipe.scheduler = Class.from_config(pipe.scheduler.config, ...)`.
 
@@ -89,9 +98,11 @@ def make_scheduler(name: str, scheduler_config: Mapping[str, Any]) -> Any:
     by 1, and clipping is not linear. `thresholding` is left as it is, to be refused by the gate.
     """
     spec = SAMPLERS[name]
-    config = {**scheduler_config, **spec.overrides, "clip_sample": False}
+    # As arguments: from_config passes over keys of the config that `_use_default_values` lists.
     with _quiet_diffusers():
-        return spec.scheduler_class.from_config(config)
+        return spec.scheduler_class.from_config(
+            dict(scheduler_config), **{**spec.overrides, "clip_sample": False}
+        )
 
 
 @contextmanager
@@ -103,6 +114,23 @@ def _quiet_diffusers() -> Generator[None]:
         yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
+
+
+def samplers_key(
+    scheduler_config: Mapping[str, Any], *, names: Sequence[str], max_steps: int
+) -> str:
+    """SHA-256 over all that decides what is in the tables: equal keys, equal tables."""
+    made_of = {
+        "sources": digest_of_sources(_SOURCES),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "scheduler_config": dict(scheduler_config),
+        "max_steps": max_steps,
+        "specs": {
+            name: (SAMPLERS[name].scheduler_class.__name__, dict(SAMPLERS[name].overrides))
+            for name in names
+        },
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def make_table(
@@ -134,13 +162,16 @@ def build_sampler_tables(
         make_table, scheduler_config=dict(scheduler_config), max_steps=max_steps
     )
     results: dict[str, tuple[SamplerTable, TableReport]] = {}
-    for name, result in _map_samplers(make, names, workers):
-        results[name] = result
-        if progress is not None:
-            progress(len(results), len(names))
+    # Closed, not left to the garbage collector: workers end with an error of `progress` as well.
+    with closing(_map_samplers(make, names, workers)) as made:
+        for name, result in made:
+            results[name] = result
+            if progress is not None:
+                progress(len(results), len(names))
     tables = [results[name][0] for name in names]
     reports = {name: results[name][1] for name in names}
-    write_atomically(output, serialize_tables(tables, reports, scheduler_config))
+    key = samplers_key(scheduler_config, names=names, max_steps=max_steps)
+    write_atomically(output, serialize_tables(tables, reports, scheduler_config, key=key))
     return reports
 
 
@@ -151,32 +182,20 @@ _SLOWEST = ("unipc", "dpmpp_2m", "dpmpp_2m_sde", "deis", "lms")
 
 def _map_samplers(
     make: Callable[[str], _Made], names: Sequence[str], workers: int
-) -> Iterator[tuple[str, _Made]]:
+) -> Generator[tuple[str, _Made]]:
     if min(workers, len(names)) <= 1:
         yield from ((name, make(name)) for name in names)
         return
     ordered = sorted(names, key=lambda name: name.removesuffix("_karras") not in _SLOWEST)
-    # Not fork: a child of a process that has run torch may hang on its threads' locks.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(workers, len(names)),
-        mp_context=context,
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    ) as pool:
-        futures = {pool.submit(make, name): name for name in ordered}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    yield from map_in_processes(make, ordered, min(workers, len(names)))
 
 
 def serialize_tables(
     tables: Sequence[SamplerTable],
     reports: Mapping[str, TableReport],
     scheduler_config: Mapping[str, Any],
+    *,
+    key: str,
 ) -> bytes:
     """The bytes of `samplers.safetensors`, as `engine.samplers.read_sampler_tables` reads them."""
     tensors = {
@@ -186,6 +205,7 @@ def serialize_tables(
     }
     metadata = {
         "format": FORMAT,
+        "key": key,
         "orders": json.dumps({table.name: table.order for table in tables}),
         "diffusers": importlib.metadata.version("diffusers"),
         "reports": json.dumps({name: asdict(report) for name, report in reports.items()}),
