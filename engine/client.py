@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import grpc
 from grpc_status import rpc_status
 
+from engine.concepts import FileFormat
 from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
 from engine.errors import OneWordError
 from protos.oneword.v1 import (
@@ -118,9 +119,7 @@ class Client:
         with self._errors():
             self._concepts.DeleteConcept(request, timeout=self._timeout_s)
 
-    def export(
-        self, placeholder_token: str, file_format: Literal["oneword", "diffusers"] = "oneword"
-    ) -> bytes:
+    def export(self, placeholder_token: str, file_format: FileFormat = "oneword") -> bytes:
         """The bytes of a stored concept as a file."""
         request = concepts_pb2.ExportConceptRequest(
             placeholder_token=placeholder_token,

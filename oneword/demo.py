@@ -35,7 +35,7 @@ NUM_VECTORS = 4  # the embedded model is small: one vector holds too little
 LEARNED, CONTRAST = PLACEHOLDER_TOKEN, f"an {INITIALIZER_TOKEN}"
 SETTINGS: dict[str, Any] = {"sampler": "ddim", "num_inference_steps": 20, "guidance_scale": 3.0}
 CONCURRENT_REQUESTS = 8
-SERVER_START_TIMEOUT_S = 60.0
+SERVER_STOP_TIMEOUT_S = 60.0
 
 # What the contact sheet shows, once with the learned word and once with its initializer token.
 PROMPTS = (
@@ -153,7 +153,7 @@ def _start_server(bundle: Path) -> tuple["subprocess.Popen[str]", str]:
     assert server.stdout
     line = server.stdout.readline()  # "" if the server ends before it listens
     if not line.startswith("listening on "):
-        server.wait(SERVER_START_TIMEOUT_S)
+        server.kill()
         raise DemoFailed("the server did not start; its output says why")
     return server, line.removeprefix("listening on ").strip()
 
@@ -161,7 +161,7 @@ def _start_server(bundle: Path) -> tuple["subprocess.Popen[str]", str]:
 def _stop(server: "subprocess.Popen[str]") -> None:
     server.terminate()
     try:
-        server.wait(SERVER_START_TIMEOUT_S)
+        server.wait(SERVER_STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         server.kill()
 
