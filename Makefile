@@ -1,10 +1,10 @@
-# setup, demo, test: what a newcomer needs. protos, check, bench: what a change needs.
+# setup, demo, test: what a newcomer needs. protos, check, bench: what a change needs. model: a test of the recipe.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo protos check test bench clean
+.PHONY: setup demo protos check test bench model clean
 
 setup: $(INSTALLED)
 
@@ -13,7 +13,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip==26.3
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,rtx,train,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,rtx,train,recipe,dev]'
 	touch $(INSTALLED)
 
 demo: setup
@@ -34,6 +34,10 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run
+
+# The recipe of the embedded model in toy size; the icons come from npm.
+model: setup
+	$(BIN)/python -m models.recipe rehearse
 
 clean:
 	rm -rf build out dist *.egg-info .pytest_cache .ruff_cache
