@@ -1,7 +1,8 @@
 """The folder of training images: what is used, what is not and why, as one tensor.
 
-Every file is judged by its content, never by its name. Nothing is ignored in silence: each file is
-either among `names` or among `skipped`, with the reason.
+Images are judged by their content, never by their name; beside an image, `NAME.mask.png` says
+where its subject is and `NAME.txt` what it shows. Nothing is ignored in silence: each file is
+used, or among `skipped` with the reason.
 """
 
 import hashlib
@@ -18,7 +19,9 @@ from torch import Tensor
 from engine.files import sha256_of_file
 from engine.images import flatten
 from engine.requests import RgbImage
+from trainer.captions import BadCaption, read_captions
 from trainer.errors import NoUsableImages
+from trainer.masks import BadMask, masked_stem, open_mask, to_weights, transparency
 
 # Only decoders that work in this process: Pillow would hand EPS files to an external program.
 # Pillow before 11.3 does not know AVIF, and takes an unknown name here for an error.
@@ -28,6 +31,8 @@ FORMATS = tuple(
     for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN
 )
+
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,41 +52,113 @@ class TrainingImages:
     sha256: tuple[str, ...]  # of the files, as hex
     upscaled: tuple[str, ...]  # used, but smaller than the model's size: they will look soft
     skipped: tuple[SkippedFile, ...]
+    # Where the subject is, 0 to 1, ones for an image without a mask; None: no image has one.
+    masks: Float32[Tensor, "images 1 height width"] | None = None
+    masked: tuple[str, ...] = ()  # the images that have a mask
+    # For each image the templates that were written for it; none: those that all images share.
+    captions: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Square:
+    """One image as it is learned from."""
+
+    pixels: UInt8[np.ndarray, "size size 3"]
+    mask: Float32[np.ndarray, "size size"] | None
+    captions: tuple[str, ...]
+    side: int  # of the square that was cropped
+
+
+@dataclass(frozen=True, slots=True)
+class _Companions:
+    """Files that say something of the image of the same name."""
+
+    masks: dict[str, Path]  # by the image's name without suffix
+    captions: dict[str, Path]
+
+    @classmethod
+    def among(cls, paths: list[Path]) -> "_Companions":
+        masks: dict[str, Path] = {}
+        for path in paths:
+            if (stem := masked_stem(path.name)) is not None:
+                masks.setdefault(stem, path)
+        texts = {path.stem: path for path in paths if path.suffix.lower() == ".txt"}
+        pictured = {path.stem for path in paths if path not in texts.values()}
+        return cls(masks, {stem: path for stem, path in texts.items() if stem in pictured})
+
+    def holds(self, path: Path) -> bool:
+        return masked_stem(path.name) is not None or path in self.captions.values()
+
+    def idle(self, path: Path, paths: list[Path]) -> str | None:
+        """Why a mask is of no use; None if it is used, and for captions."""
+        stem = masked_stem(path.name)
+        if stem is None:
+            return None
+        if not any(other.stem == stem and not self.holds(other) for other in paths):
+            return f"no image is named {stem!r}, whose mask it would be"
+        if self.masks[stem] != path:
+            return f"{stem!r} has the mask {self.masks[stem].name} already"
+        return None
 
 
 class _Unusable(Exception):
     """Why one file is skipped."""
 
 
-def read_images(folder: Path, *, size: int) -> TrainingImages:
+def read_images(folder: Path, *, size: int, placeholder_token: str = "{}") -> TrainingImages:
     """Read all images of a folder as squares of `size` pixels: centre crop, then Lanczos.
 
-    EXIF orientation is honoured, transparency composited on white, nothing squashed.
+    EXIF orientation is honoured, transparency composited on white and taken for a mask, nothing
+    squashed. `placeholder_token` is the word in captions, where they do not have `{}`.
     Raises `NoUsableImages` if the folder is missing or nothing in it can be used.
     """
-    squares: dict[str, UInt8[np.ndarray, "size size 3"]] = {}
-    upscaled: list[str] = []
+    paths = _files(folder)
+    companions = _Companions.among(paths)
+    squares: dict[str, _Square] = {}
     skipped: list[SkippedFile] = []
     seen: dict[bytes, str] = {}
-    for path in _files(folder):
+    for path in paths:
         try:
-            square, side = _read_square(path, size)
-            _refuse_duplicate(square, path.name, seen)
-        except _Unusable as reason:
+            if companions.holds(path):
+                _refuse_idle(companions.idle(path, paths))
+                continue
+            square = _read_square(path, size, companions, placeholder_token)
+            _refuse_duplicate(square.pixels, path.name, seen)
+        except (_Unusable, BadMask, BadCaption) as reason:
             skipped.append(SkippedFile(name=path.name, reason=str(reason)))
             continue
         squares[path.name] = square
-        if side < size:
-            upscaled.append(path.name)
     if not squares:
         raise NoUsableImages(_nothing_usable(folder, skipped))
+    return _collected(folder, squares, skipped, size)
+
+
+def _collected(
+    folder: Path, squares: dict[str, _Square], skipped: list[SkippedFile], size: int
+) -> TrainingImages:
+    masked = tuple(name for name, square in squares.items() if square.mask is not None)
+    captions = tuple(square.captions for square in squares.values())
     return TrainingImages(
-        pixels=_to_pixels(np.stack(list(squares.values()))),
+        pixels=_to_pixels(np.stack([square.pixels for square in squares.values()])),
         names=tuple(squares),
         sha256=tuple(sha256_of_file(folder / name) for name in squares),
-        upscaled=tuple(upscaled),
+        upscaled=tuple(name for name, square in squares.items() if square.side < size),
         skipped=tuple(skipped),
+        masks=_to_masks(list(squares.values()), size) if masked else None,
+        masked=masked,
+        captions=captions if any(captions) else (),
     )
+
+
+def _to_masks(squares: list[_Square], size: int) -> Float32[Tensor, "images 1 height width"]:
+    whole = np.ones((size, size), np.float32)
+    masks = [whole if square.mask is None else square.mask for square in squares]
+    return torch.from_numpy(np.stack(masks))[:, None]
+
+
+def _refuse_idle(reason: str | None) -> None:
+    if reason is not None:
+        raise _Unusable(reason)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -100,22 +177,36 @@ def _nothing_usable(folder: Path, skipped: list[SkippedFile]) -> str:
     )
 
 
-def _read_square(path: Path, size: int) -> tuple[UInt8[np.ndarray, "size size 3"], int]:
-    """The image as a square of `size` pixels, and the side of the square that was cropped."""
+def _read_square(path: Path, size: int, companions: _Companions, placeholder_token: str) -> _Square:
+    """The image as a square of `size` pixels, with what its companions say of it."""
     if path.name.startswith("."):
         raise _Unusable("hidden file")
     if not path.is_file():
         raise _Unusable("not a regular file (only the folder itself is read, no subfolders)")
-    picture = _decode_square(path)
-    side = picture.shape[0]
-    square = Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(square), side
+    picture, mask = _decode(path, companions.masks.get(path.stem))
+    caption = companions.captions.get(path.stem)
+    resized = Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS)
+    return _Square(
+        pixels=np.asarray(resized),
+        mask=None if mask is None else to_weights(mask, size),
+        captions=_read_captions(caption, placeholder_token) if caption else (),
+        side=picture.shape[0],
+    )
 
 
-def _decode_square(path: Path) -> RgbImage:
-    """The upright image's centre, transparent parts white: black would be learned as a background.
+def _read_captions(path: Path, placeholder_token: str) -> tuple[str, ...]:
+    """An image whose caption is wrong is not learned from as if it had none."""
+    try:
+        return read_captions(path, placeholder_token)
+    except BadCaption as error:
+        raise BadCaption(f"its caption file {path.name}: {error}") from error
 
-    Raises `_Unusable` with the reason.
+
+def _decode(path: Path, mask_path: Path | None) -> tuple[RgbImage, Image.Image | None]:
+    """The upright image's centre, transparent parts white (black would be learned as a
+    background), and the mask's centre.
+
+    Raises `_Unusable` or `BadMask` with the reason.
     """
     try:
         with warnings.catch_warnings():
@@ -124,18 +215,31 @@ def _decode_square(path: Path) -> RgbImage:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 _refuse_unusable(image)
-                return flatten(_centre(ImageOps.exif_transpose(image)))
+                upright = ImageOps.exif_transpose(image)
+                mask = open_mask(mask_path, upright.size) if mask_path else transparency(upright)
+                return flatten(_centre(upright)), _centre(mask) if mask else None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = Image.MAX_IMAGE_PIXELS or 0
         raise _Unusable(f"more than {limit // 1_000_000} megapixels; scale it down") from None
     except UnidentifiedImageError:
-        raise _Unusable(f"not an image of a known format ({', '.join(FORMATS)})") from None
+        raise _Unusable(_unknown_format(path)) from None
     # Decoders raise SyntaxError, struct.error, zlib.error and more for broken files.
-    except (_Unusable, MemoryError):
+    except (_Unusable, BadMask, MemoryError):
         raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise _Unusable(f"broken image: {reason}") from error
+
+
+def _unknown_format(path: Path) -> str:
+    """What to do about a file that no decoder here knows: phones write HEIC."""
+    with path.open("rb") as file:
+        beginning = file.read(12)
+    # ISO base media files name their brand behind "ftyp" (ISO/IEC 14496-12, section 4.3).
+    brand = beginning[8:12] if beginning[4:8] == b"ftyp" else b""
+    if brand in _HEIF_BRANDS:
+        return "a HEIC or AVIF photo that Pillow cannot decode here; save or export it as JPEG"
+    return f"not an image of a known format ({', '.join(FORMATS)})"
 
 
 def _centre(image: Image.Image) -> Image.Image:
