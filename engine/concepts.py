@@ -1,12 +1,13 @@
 """Concepts: learned pseudo-words as files and as checked values.
 
-Own format: one safetensors file with the tensor `text_encoder` [num_vectors, dim] and, as metadata,
-the placeholder token, the embedding fingerprint of the model it was learned on, and how it was
-learned. Keys of ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec) are written beside ours for
-other tools to read; its `hash_sha256` is of the tensor's bytes alone, unlike `concept_id`.
+Own format: one safetensors file with the tensor `text_encoder` [num_vectors, dim], for a model with
+two text encoders also `text_encoder_2` [num_vectors, dim_2], and as metadata the placeholder token,
+the embedding fingerprint of the model it was learned on, and how it was learned. Keys of ModelSpec
+1.0.1 (github.com/Stability-AI/ModelSpec) are written beside ours for other tools to read; its
+`hash_sha256` is of the tensors' bytes alone, unlike `concept_id`.
 
 Also read and written: diffusers' `learned_embeds.safetensors` (one tensor whose key is the token).
-Nothing is ever unpickled.
+What other tools write is in `engine.dialects`, which a server does not use. Nothing is unpickled.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ from engine.files import write_atomically
 _FORMAT_FAMILY = "oneword-concept/"
 FORMAT = f"{_FORMAT_FAMILY}1"
 TENSOR_NAME = "text_encoder"
+TENSOR_NAME_2 = "text_encoder_2"
 MAX_FILE_BYTES = 4 << 20
 MAX_NUM_VECTORS = 75
 MAX_DIM = 8192
@@ -38,7 +40,7 @@ MAX_PLACEHOLDER_LENGTH = 64
 _PICKLE_BEGINNINGS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 # What we, kohya, OneTrainer and SDXL's tools call the tensors of a file: the names of text encoders
 # or of nothing, which would do nothing as a token.
-_KEYS_WITHOUT_A_NAME = (TENSOR_NAME, "emb_params", "emp_params", "clip_l", "clip_g")
+KEYS_WITHOUT_A_NAME = (TENSOR_NAME, "emb_params", "emp_params", "clip_l", "clip_g")
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 FileFormat = Literal["oneword", "diffusers"]
 
@@ -59,12 +61,28 @@ class Concept:
 
     placeholder_token: str  # "<cat-toy>"
     learned_embeddings: Float32[np.ndarray, "num_vectors dim"]
-    embedding_fingerprint: str = ""  # "" where the origin does not say
+    # For the second text encoder of a model with two: SDXL's OpenCLIP bigG, beside its CLIP-L.
+    learned_embeddings_2: Float32[np.ndarray, "num_vectors dim_2"] | None = None
+    embedding_fingerprint: str = ""  # of the first encoder; "" where the origin does not say
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_placeholder_token(self.placeholder_token)
-        _check_vectors(self.placeholder_token, self.learned_embeddings)
+        for vectors in self.encoders:
+            _check_vectors(self.placeholder_token, vectors)
+        counts = [len(vectors) for vectors in self.encoders]
+        if len(set(counts)) > 1:
+            raise ConceptUnreadable(
+                f"concept {self.placeholder_token!r} has {counts[0]} vectors for the first text "
+                f"encoder and {counts[1]} for the second; they stand in the same places of a "
+                "prompt, so both need the same number"
+            )
+
+    @property
+    def encoders(self) -> tuple[Float32[np.ndarray, "_ _"], ...]:
+        """The vectors for each text encoder in turn: one array, or two."""
+        second = self.learned_embeddings_2
+        return (self.learned_embeddings,) if second is None else (self.learned_embeddings, second)
 
     @property
     def num_vectors(self) -> int:
@@ -75,11 +93,18 @@ class Concept:
         return self.learned_embeddings.shape[1]
 
     @property
+    def dims(self) -> tuple[int, ...]:
+        """The width for each text encoder: (768,), or (768, 1280) in SDXL."""
+        return tuple(vectors.shape[1] for vectors in self.encoders)
+
+    @property
     def concept_id(self) -> str:
         """Its identity, as hex: the SHA-256 of num_vectors and dim (int64), then the values
-        (float32, row after row), all little-endian."""
-        shape = struct.pack("<qq", *self.learned_embeddings.shape)
-        return hashlib.sha256(shape + _vector_bytes(self.learned_embeddings)).hexdigest()
+        (float32, row after row), all little-endian; then the same of a second encoder."""
+        digest = hashlib.sha256()
+        for vectors in self.encoders:
+            digest.update(struct.pack("<qq", *vectors.shape) + _vector_bytes(vectors))
+        return digest.hexdigest()
 
 
 def _vector_bytes(vectors: Float32[np.ndarray, "num_vectors dim"]) -> bytes:
@@ -127,15 +152,19 @@ def _check_vectors(token: str, vectors: Float32[np.ndarray, "num_vectors dim"]) 
         )
 
 
-def check_fits(concept: Concept, text: TextSpec, *, model_name: str) -> None:
-    """Raise `ConceptMismatch` unless the concept was learned on this text encoder.
+def check_fits(
+    concept: Concept, text: TextSpec, *, model_name: str, text_2: TextSpec | None = None
+) -> None:
+    """Raise `ConceptMismatch` unless the concept was learned on this model's text encoders.
 
     A fingerprint that is absent (files of other tools have none) leaves the width to decide.
     """
-    if concept.dim != text.dim:
+    wanted = (text.dim,) if text_2 is None else (text.dim, text_2.dim)
+    if concept.dims != wanted:
         raise ConceptMismatch(
-            f"concept {concept.placeholder_token!r} has vectors of width {concept.dim}, "
-            f"model {model_name!r} wants {text.dim}; use a concept learned on this model"
+            f"concept {concept.placeholder_token!r} has vectors of width "
+            f"{_named_widths(concept.dims)}, model {model_name!r} wants {_named_widths(wanted)}; "
+            "use a concept learned on this model"
         )
     fingerprint = concept.embedding_fingerprint
     if fingerprint and fingerprint != text.embedding_fingerprint:
@@ -151,8 +180,27 @@ def check_fits(concept: Concept, text: TextSpec, *, model_name: str) -> None:
         )
 
 
+# Widths of the token embeddings: CLIP ViT-L/14, OpenCLIP ViT-H/14, and ViT-L/14 with ViT-bigG/14.
+_FAMILIES = {
+    (768,): "Stable Diffusion 1.x",
+    (1024,): "Stable Diffusion 2.x",
+    (768, 1280): "SDXL",
+}
+
+
+def _named_widths(dims: tuple[int, ...]) -> str:
+    widths = " + ".join(map(str, dims))
+    return f"{widths} (as {_FAMILIES[dims]})" if dims in _FAMILIES else widths
+
+
 def read_concept(path: Path, *, placeholder_token: str | None = None) -> Concept:
-    """Read a concept file in any of the formats known; see `concept_from_bytes`."""
+    """Read a safetensors file in our or diffusers' format; see `concept_from_bytes`."""
+    content = read_concept_file(path)
+    return concept_from_bytes(content, source=str(path), placeholder_token=placeholder_token)
+
+
+def read_concept_file(path: Path) -> bytes:
+    """The bytes of a file that is small enough for a concept."""
     try:
         size = path.stat().st_size
         content = path.read_bytes() if size <= MAX_FILE_BYTES else b""
@@ -163,7 +211,7 @@ def read_concept(path: Path, *, placeholder_token: str | None = None) -> Concept
             f"{path} has {size} bytes, a concept file has at most {MAX_FILE_BYTES}; "
             "is it a whole model?"
         )
-    return concept_from_bytes(content, source=str(path), placeholder_token=placeholder_token)
+    return content
 
 
 def concept_from_bytes(
@@ -173,6 +221,15 @@ def concept_from_bytes(
 
     `placeholder_token` renames the concept. Raises `ConceptUnreadable` that names `source`.
     """
+    tensors, metadata = read_safetensors(content, source)
+    if metadata.get("format") == FORMAT:
+        return _from_own_format(tensors, metadata, source, placeholder_token)
+    return _from_diffusers(tensors, source, placeholder_token)
+
+
+def read_safetensors(content: bytes, source: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors (bfloat16 widened to float32) and metadata; a pickle, or a later version of our
+    format, is refused."""
     if len(content) > MAX_FILE_BYTES:
         raise ConceptUnreadable(
             f"{source} has {len(content)} bytes, a concept file has at most {MAX_FILE_BYTES}"
@@ -185,29 +242,24 @@ def concept_from_bytes(
         raise ConceptUnreadable(
             f"{source} is not a safetensors file or is truncated: {error}"
         ) from error
-    own = _is_own_format(metadata, source)
-    tensors = {name: _as_array(entry, source) for name, entry in entries}
-    if own:
-        return _from_own_format(tensors, metadata, source, placeholder_token)
-    return _from_diffusers(tensors, source, placeholder_token)
+    _refuse_other_version(metadata, source)
+    return {name: _as_array(entry, source) for name, entry in entries}, metadata
 
 
-def _is_own_format(metadata: Mapping[str, str], source: str) -> bool:
+def _refuse_other_version(metadata: Mapping[str, str], source: str) -> None:
     file_format = metadata.get("format", "")
     if file_format.startswith(_FORMAT_FAMILY) and file_format != FORMAT:
         raise ConceptUnreadable(
             f"{source} is of the format {quoted(file_format)}, this version reads {FORMAT!r}; "
             "read it with the version that wrote it, and export it as diffusers' format"
         )
-    return file_format == FORMAT
 
 
 def _as_array(entry: Mapping[str, Any], source: str) -> np.ndarray:
     """A tensor of the file; bfloat16, which NumPy lacks, as the float32 whose upper half it is."""
     dtype, shape, data = entry["dtype"], entry["shape"], entry["data"]
     if dtype == "BF16":
-        bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
-        return bits.view(np.float32).reshape(shape)
+        return widened_bfloat16(np.frombuffer(data, "<u2")).reshape(shape)
     if dtype not in _NUMPY_DTYPES:
         raise ConceptUnreadable(
             f"{source} holds {dtype} values, a concept has {', '.join((*_NUMPY_DTYPES, 'BF16'))}; "
@@ -216,13 +268,19 @@ def _as_array(entry: Mapping[str, Any], source: str) -> np.ndarray:
     return np.frombuffer(data, _NUMPY_DTYPES[dtype]).reshape(shape)
 
 
+def widened_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """The float32 numbers whose upper halves are `bits` (uint16, either byte order); exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def _refuse_pickle(content: bytes, source: str) -> None:
     # A zip archive (torch.save) or a bare pickle of protocol 2 and later. A safetensors file can
     # begin so too (by the length of its header), but has a brace where those two cannot have one.
     if content[8:9] != b"{" and content[:2] in _PICKLE_BEGINNINGS:
         raise ConceptUnreadable(
             f"{source} is a pickle, whatever its name; pickles can run code and are never loaded; "
-            "convert it to safetensors where it came from"
+            "convert it with `oneword concepts export`, which reads tensors alone, or where it "
+            "came from"
         )
 
 
@@ -237,17 +295,19 @@ def _from_own_format(
     source: str,
     placeholder_token: str | None,
 ) -> Concept:
-    if set(tensors) != {TENSOR_NAME}:
+    if set(tensors) not in ({TENSOR_NAME}, {TENSOR_NAME, TENSOR_NAME_2}):
         raise ConceptUnreadable(
             f"{source} holds the tensors {', '.join(map(quoted, sorted(tensors)[:5]))}; "
-            f"expected is {TENSOR_NAME!r} alone"
+            f"expected is {TENSOR_NAME!r}, and {TENSOR_NAME_2!r} for a second text encoder"
         )
+    second = tensors.get(TENSOR_NAME_2)
     concept = Concept(
         placeholder_token=placeholder_token or metadata.get("placeholder_token", ""),
-        learned_embeddings=_as_vectors(tensors[TENSOR_NAME], source),
+        learned_embeddings=as_vectors(tensors[TENSOR_NAME], source),
+        learned_embeddings_2=None if second is None else as_vectors(second, source),
         embedding_fingerprint=metadata.get("embedding_fingerprint", ""),
     )
-    derived = _derived_metadata(concept)
+    derived = derived_metadata(concept)
     rest = {name: value for name, value in metadata.items() if name not in derived}
     return replace(concept, metadata=rest)
 
@@ -263,7 +323,7 @@ def _from_diffusers(
             "placeholder token"
         )
     ((token, vectors),) = tensors.items()
-    if token in _KEYS_WITHOUT_A_NAME and not placeholder_token:
+    if token in KEYS_WITHOUT_A_NAME and not placeholder_token:
         raise ConceptUnreadable(
             f"{source} does not say its placeholder token (its key is {token!r}); name one, for "
             "instance --placeholder-token '<cat-toy>'",
@@ -271,11 +331,12 @@ def _from_diffusers(
         )
     return Concept(
         placeholder_token=placeholder_token or token,
-        learned_embeddings=_as_vectors(vectors, source),
+        learned_embeddings=as_vectors(vectors, source),
     )
 
 
-def _as_vectors(array: np.ndarray, source: str) -> Float32[np.ndarray, "num_vectors dim"]:
+def as_vectors(array: np.ndarray, source: str) -> Float32[np.ndarray, "num_vectors dim"]:
+    """A tensor [dim] or [num_vectors, dim] of a file as a concept's vectors."""
     if array.ndim not in (1, 2):
         raise ConceptUnreadable(
             f"{source} holds a tensor of shape {list(array.shape)}, expected [num_vectors, dim]"
@@ -286,13 +347,28 @@ def _as_vectors(array: np.ndarray, source: str) -> Float32[np.ndarray, "num_vect
 
 def concept_to_bytes(concept: Concept, file_format: FileFormat = "oneword") -> bytes:
     """The bytes of a concept file, always the same. `diffusers` keeps token and vectors only."""
-    vectors = np.ascontiguousarray(concept.learned_embeddings)
     if file_format == "diffusers":
-        return save_safetensors({concept.placeholder_token: vectors})
-    content = save_safetensors(
-        {TENSOR_NAME: vectors}, metadata={**concept.metadata, **_derived_metadata(concept)}
+        if concept.learned_embeddings_2 is not None:
+            raise InvalidRequest(
+                f"concept {concept.placeholder_token!r} is for two text encoders, diffusers' format "
+                "keeps one to a file; take OneWord's own format, or let `oneword concepts export` "
+                "write diffusers' two files",
+                field="format",
+            )
+        return save_safetensors({concept.placeholder_token: _contiguous(concept)[0]})
+    return sorted_safetensors(
+        dict(zip((TENSOR_NAME, TENSOR_NAME_2), _contiguous(concept), strict=False)),
+        metadata={**concept.metadata, **derived_metadata(concept)},
     )
-    return _with_sorted_header(content)
+
+
+def _contiguous(concept: Concept) -> tuple[Float32[np.ndarray, "_ _"], ...]:
+    return tuple(np.ascontiguousarray(vectors) for vectors in concept.encoders)
+
+
+def sorted_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file that is the same for the same content."""
+    return _with_sorted_header(save_safetensors(dict(tensors), metadata=dict(metadata)))
 
 
 def _with_sorted_header(content: bytes) -> bytes:
@@ -303,9 +379,10 @@ def _with_sorted_header(content: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
 
 
-def _derived_metadata(concept: Concept) -> dict[str, str]:
+def derived_metadata(concept: Concept) -> dict[str, str]:
     """What a file of ours says by itself. ModelSpec's `architecture` is the trainer's to say."""
-    tensor_digest = hashlib.sha256(_vector_bytes(concept.learned_embeddings)).hexdigest()
+    tensor_bytes = b"".join(map(_vector_bytes, concept.encoders))
+    tensor_digest = hashlib.sha256(tensor_bytes).hexdigest()
     return {
         "format": FORMAT,
         "placeholder_token": concept.placeholder_token,
