@@ -62,7 +62,8 @@ class Concept:
     placeholder_token: str  # "<cat-toy>"
     learned_embeddings: Float32[np.ndarray, "num_vectors dim"]
     # For the second text encoder of a model with two: SDXL's OpenCLIP bigG, beside its CLIP-L.
-    learned_embeddings_2: Float32[np.ndarray, "num_vectors dim_2"] | None = None
+    # As many vectors as for the first: files may say otherwise, so it is checked in words below.
+    learned_embeddings_2: Float32[np.ndarray, "num_vectors_2 dim_2"] | None = None
     embedding_fingerprint: str = ""  # of the first encoder; "" where the origin does not say
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -181,7 +182,7 @@ def check_fits(
 
 
 # Widths of the token embeddings: CLIP ViT-L/14, OpenCLIP ViT-H/14, and ViT-L/14 with ViT-bigG/14.
-_FAMILIES = {
+_FAMILIES: dict[tuple[int, ...], str] = {
     (768,): "Stable Diffusion 1.x",
     (1024,): "Stable Diffusion 2.x",
     (768, 1280): "SDXL",
@@ -350,9 +351,9 @@ def concept_to_bytes(concept: Concept, file_format: FileFormat = "oneword") -> b
     if file_format == "diffusers":
         if concept.learned_embeddings_2 is not None:
             raise InvalidRequest(
-                f"concept {concept.placeholder_token!r} is for two text encoders, diffusers' format "
-                "keeps one to a file; take OneWord's own format, or let `oneword concepts export` "
-                "write diffusers' two files",
+                f"concept {concept.placeholder_token!r} is for two text encoders, diffusers keeps "
+                "one to a file; take OneWord's own format, or let `oneword concepts export` write "
+                "diffusers' two files",
                 field="format",
             )
         return save_safetensors({concept.placeholder_token: _contiguous(concept)[0]})

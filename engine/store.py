@@ -279,7 +279,8 @@ class _ConceptCache:
 
 
 def _size(concept: Concept) -> int:
-    return concept.learned_embeddings.nbytes + sum(len(v) for v in concept.metadata.values())
+    vectors = sum(part.nbytes for part in concept.encoders)
+    return vectors + sum(len(value) for value in concept.metadata.values())
 
 
 def _refuse_other_things(folder: Path) -> None:

@@ -2,13 +2,18 @@
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC
 from pathlib import Path
 
 from engine.client import Client
-from engine.concepts import concept_from_bytes, concept_to_bytes, read_concept, write_concept
+from engine.concepts import Concept, concept_from_bytes, concept_to_bytes
+from engine.dialect_writers import DIALECTS, NAMED_BY_FILE, write_dialect
+from engine.dialects import TORCH_SUFFIXES, read_concepts
 from engine.endpoint import DEFAULT_ADDRESS
+from engine.errors import InvalidRequest
 from engine.printing import printable
 from protos.oneword.v1 import concepts_pb2
 
@@ -20,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(actions.add_parser("list", help="list the concepts that a server stores"), _list)
     show = actions.add_parser("show", help="describe a concept file, or a stored concept")
     show.add_argument("concept", metavar="FILE_OR_NAME")
+    _add_text_encoder_2(show)
     _add(show, _show)
     _add_export(actions.add_parser("export", help="write a concept file in another format"))
     delete = actions.add_parser("delete", help="remove a stored concept")
@@ -40,27 +46,45 @@ def _add(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace],
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help="of any tool: docs/concepts.md lists them")
+    _add_text_encoder_2(parser)
     parser.add_argument("--placeholder-token", metavar="NAME", help="store it under this name")
     parser.add_argument("--overwrite", action="store_true", help="replace other vectors")
     _add(parser, _import)
 
 
+def _add_text_encoder_2(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text-encoder-2",
+        type=Path,
+        metavar="FILE",
+        help="the second file of an SDXL concept, diffusers' learned_embeds_2",
+    )
+
+
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("concept", metavar="FILE_OR_NAME")
-    parser.add_argument("--format", choices=("oneword", "diffusers"), default="oneword")
+    _add_text_encoder_2(parser)
+    parser.add_argument("--only", metavar="NAME", help="the one to take of a file with several")
+    parser.add_argument("--format", choices=DIALECTS, default="oneword")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--placeholder-token", metavar="NAME", help="rename it in the new file")
     _add(parser, _export)
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    concept = read_concept(arguments.file, placeholder_token=arguments.placeholder_token)
+    concepts = read_concepts(
+        arguments.file,
+        placeholder_token=arguments.placeholder_token,
+        path_2=arguments.text_encoder_2,
+    )
     with Client(arguments.server) as client:
-        reply = client.import_concept(concept_to_bytes(concept), overwrite=arguments.overwrite)
-    state = "stored" if reply.changed else "was there already"
-    token, concept_id = printable(reply.concept.placeholder_token), reply.concept.concept_id
-    print(f"{token} {printable(concept_id[:12])} {state}")
+        for concept in concepts:
+            content = concept_to_bytes(concept)
+            reply = client.import_concept(content, overwrite=arguments.overwrite)
+            state = "stored" if reply.changed else "was there already"
+            token, concept_id = printable(reply.concept.placeholder_token), reply.concept.concept_id
+            print(f"{token} {printable(concept_id[:12])} {state}")
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -78,19 +102,27 @@ def _time_of(concept: concepts_pb2.Concept) -> str:
 
 def _show(arguments: argparse.Namespace) -> None:
     if is_concept_file(arguments.concept):
-        concept = read_concept(Path(arguments.concept))
-        num_vectors, dim = concept.learned_embeddings.shape
-        metadata = concept.metadata
-    else:
-        with Client(arguments.server) as client:
-            concept = client.get(arguments.concept)
-        num_vectors, dim = concept.num_vectors, concept.dim
-        metadata = dict(concept.metadata)
+        path, path_2 = Path(arguments.concept), arguments.text_encoder_2
+        for number, concept in enumerate(read_concepts(path, path_2=path_2)):
+            if number:
+                print()
+            widths = " + ".join(map(str, concept.dims))
+            _print_concept(concept, f"{concept.num_vectors} x {widths}", concept.metadata)
+        return
+    _refuse_options_of_files(arguments.concept, arguments.text_encoder_2)
+    with Client(arguments.server) as client:
+        stored = client.get(arguments.concept)
+    _print_concept(stored, f"{stored.num_vectors} x {stored.dim}", dict(stored.metadata))
+
+
+def _print_concept(
+    concept: Concept | concepts_pb2.Concept, vectors: str, metadata: Mapping[str, str]
+) -> None:
     _print_fields(
         {
             "placeholder_token": concept.placeholder_token,
             "concept_id": concept.concept_id,
-            "vectors": f"{num_vectors} x {dim}",
+            "vectors": vectors,
             "embedding_fingerprint": concept.embedding_fingerprint or "unknown",
             **{f"metadata.{name}": value for name, value in sorted(metadata.items())},
         }
@@ -100,7 +132,7 @@ def _show(arguments: argparse.Namespace) -> None:
 def is_concept_file(concept: str) -> bool:
     """A name that ends like a file is one, so that a mistyped path is not looked up on a server."""
     # Not Path.is_file, which raises for names that no file can have.
-    return os.path.isfile(concept) or concept.endswith(".safetensors")
+    return os.path.isfile(concept) or concept.endswith((".safetensors", *TORCH_SUFFIXES))
 
 
 def _print_fields(fields: Mapping[str, str]) -> None:
@@ -111,15 +143,50 @@ def _print_fields(fields: Mapping[str, str]) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    concept = _concept_to_export(arguments)
+    for path in write_dialect(concept, arguments.output, arguments.format):
+        print(printable(path))
+    called = arguments.output.stem
+    if arguments.format in NAMED_BY_FILE and called != concept.placeholder_token:
+        print(
+            f"note: this tool calls a concept as its file is called: {printable(called)}, not "
+            f"{printable(concept.placeholder_token)}",
+            file=sys.stderr,
+        )
+
+
+def _concept_to_export(arguments: argparse.Namespace) -> Concept:
     name, rename = arguments.concept, arguments.placeholder_token
-    if is_concept_file(name):
-        concept = read_concept(Path(name), placeholder_token=rename)
-    else:
+    if not is_concept_file(name):
+        _refuse_options_of_files(name, arguments.text_encoder_2, arguments.only)
         with Client(arguments.server) as client:
             content = client.export(name)
-        concept = concept_from_bytes(content, source=name, placeholder_token=rename)
-    write_concept(concept, arguments.output, arguments.format)
-    print(arguments.output)
+        return concept_from_bytes(content, source=name, placeholder_token=rename)
+    concepts = read_concepts(
+        Path(name),
+        placeholder_token=None if arguments.only else rename,
+        path_2=arguments.text_encoder_2,
+    )
+    concept = _only(concepts, arguments.only, name)
+    return replace(concept, placeholder_token=rename or concept.placeholder_token)
+
+
+def _refuse_options_of_files(name: str, *options: object) -> None:
+    if any(option is not None for option in options):
+        raise InvalidRequest(
+            f"{name!r} is no file, so it is looked up on the server, where --text-encoder-2 and "
+            "--only mean nothing; leave them out, or name a file"
+        )
+
+
+def _only(concepts: Sequence[Concept], wanted: str | None, source: str) -> Concept:
+    found = [concept for concept in concepts if wanted in (None, concept.placeholder_token)]
+    if len(found) != 1:
+        tokens = ", ".join(concept.placeholder_token for concept in concepts)
+        raise InvalidRequest(
+            f"{source} holds {tokens}; choose one of them with --only NAME", field="only"
+        )
+    return found[0]
 
 
 def _delete(arguments: argparse.Namespace) -> None:

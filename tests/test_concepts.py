@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from engine.concepts import (
     read_concept,
     write_concept,
 )
-from engine.errors import ConceptMismatch, ConceptUnreadable
+from engine.errors import ConceptMismatch, ConceptUnreadable, InvalidRequest
 
 VECTORS = np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 6)
+VECTORS_2 = np.linspace(2, 3, 20, dtype=np.float32).reshape(2, 10)
 TEXT = TextSpec(
     max_tokens=8,
     dim=6,
@@ -145,6 +147,69 @@ def test_what_is_derived_cannot_be_said_otherwise() -> None:
 def test_the_id_is_of_the_vectors_not_of_the_name() -> None:
     assert concept().concept_id == concept(placeholder_token="<other>").concept_id
     assert concept().concept_id != concept(learned_embeddings=VECTORS.reshape(3, 4)).concept_id
+
+
+def test_both_text_encoders_survive_the_file() -> None:
+    original = concept(learned_embeddings_2=VECTORS_2, metadata={"steps": "250"})
+    content = concept_to_bytes(original)
+    read = concept_from_bytes(content, source="test")
+    np.testing.assert_array_equal(read.learned_embeddings, VECTORS, strict=True)
+    np.testing.assert_array_equal(read.learned_embeddings_2, VECTORS_2, strict=True)
+    assert (read.dims, read.metadata, read.concept_id) == (
+        (6, 10),
+        {"steps": "250"},
+        original.concept_id,
+    )
+    metadata, tensors = header_of(content)
+    assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(tensors).hexdigest()}"
+    assert tensors == VECTORS.tobytes() + VECTORS_2.tobytes()
+
+
+def test_the_id_is_of_both_text_encoders() -> None:
+    """The digest of a concept for one, then shape and values for the second."""
+    content = struct.pack("<qq", 2, 6) + VECTORS.tobytes()
+    assert concept().concept_id == hashlib.sha256(content).hexdigest()
+    content += struct.pack("<qq", 2, 10) + VECTORS_2.tobytes()
+    both = concept(learned_embeddings_2=VECTORS_2)
+    assert both.concept_id == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (VECTORS_2[:1], "2 vectors for the first text encoder and 1 for the second"),
+        (VECTORS_2 * np.float32(np.nan), "NaN"),
+        (np.zeros((2, 9000), np.float32), "2 vectors of width 9000"),
+    ],
+)
+def test_a_second_text_encoder_is_checked_like_the_first(second: np.ndarray, message: str) -> None:
+    content = save(
+        {"text_encoder": VECTORS, "text_encoder_2": second},
+        metadata={"format": "oneword-concept/1", "placeholder_token": "<x>"},
+    )
+    with pytest.raises(ConceptUnreadable, match=message):
+        concept_from_bytes(content, source="test")
+
+
+@pytest.mark.parametrize("names", [("text_encoder_2",), ("text_encoder", "text_encoder_3")])
+def test_other_tensors_in_a_file_of_ours_are_refused(names: tuple[str, ...]) -> None:
+    content = save(dict.fromkeys(names, VECTORS), metadata={"format": "oneword-concept/1"})
+    with pytest.raises(ConceptUnreadable, match="'text_encoder_2' for a second text encoder"):
+        concept_from_bytes(content, source="test")
+
+
+def test_no_text_encoder_is_dropped_for_diffusers() -> None:
+    with pytest.raises(InvalidRequest, match="for two text encoders, diffusers keeps one"):
+        concept_to_bytes(concept(learned_embeddings_2=VECTORS_2), "diffusers")
+
+
+def test_a_concept_for_two_text_encoders_does_not_fit_a_model_with_one() -> None:
+    both = concept(learned_embeddings_2=VECTORS_2)
+    with pytest.raises(ConceptMismatch, match=r"width 6 \+ 10, model 'm' wants 6;"):
+        check_fits(both, TEXT, model_name="m")
+    check_fits(both, TEXT, text_2=replace(TEXT, dim=10), model_name="m")
+    with pytest.raises(ConceptMismatch, match=r"width 6, model 'm' wants 6 \+ 10;"):
+        check_fits(concept(), TEXT, text_2=replace(TEXT, dim=10), model_name="m")
 
 
 def test_renaming_on_reading() -> None:
