@@ -1,4 +1,4 @@
-"""The command `oneword`: learn, serve, generate, concepts, demo.
+"""The command `oneword`: learn, evaluate, serve, generate, concepts, demo.
 
 Only the command that was asked for is imported: a client needs neither PyTorch nor ONNX Runtime.
 """
@@ -20,6 +20,7 @@ EXIT_INTERRUPTED = 130
 # Command -> (module with `add_arguments(parser)` and `run(arguments) -> exit code`, summary).
 COMMANDS = {
     "learn": ("trainer.cli", "learn a word from a folder of images"),
+    "evaluate": ("trainer.evaluate_cli", "measure how faithful and editable learned words are"),
     "serve": ("oneword.serve", "serve a bundle over gRPC"),
     "generate": ("oneword.generate", "draw images, from a server or in this process"),
     "concepts": ("oneword.concepts", "import, list, show, export and delete learned words"),

@@ -317,6 +317,8 @@ def test_listening_to_the_world_must_be_said(emoji_bundle_path: Path) -> None:
     assert "insecure" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "learn", "serve", "generate", "concepts", "demo"])
+@pytest.mark.parametrize(
+    "command", ["", "learn", "evaluate", "serve", "generate", "concepts", "demo"]
+)
 def test_help_is_there(command: str) -> None:
     assert "usage: oneword" in oneword(*command.split(), "--help").stdout
