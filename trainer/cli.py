@@ -129,7 +129,11 @@ class _Job:
                 f"{checkpoint} holds an unfinished run; add --resume to go on with it, or delete it"
             )
         model = _load_model(arguments)
-        images = read_images(arguments.images, size=image_size(model))
+        images = read_images(
+            arguments.images,
+            size=image_size(model),
+            placeholder_token=arguments.placeholder_token,
+        )
         _report_images(images, image_size(model))
         identity = RunIdentity.of(
             model, images, options, placeholder_token=arguments.placeholder_token
