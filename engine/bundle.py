@@ -21,13 +21,16 @@ from engine.files import sha256_of_file
 from engine.samplers import SamplerTable, read_sampler_tables
 from engine.sessions import OnnxSession
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
+TOKENIZER_2 = "tokenizer_2.json"
 TOKEN_EMBEDDING = "token_embedding.safetensors"
+TOKEN_EMBEDDING_2 = "token_embedding_2.safetensors"
 SAMPLERS = "samplers.safetensors"
 LATENT_RGB = "latent_rgb.safetensors"
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
+TEXT_ENCODER_2 = "text_encoder_2"  # a component of models with two text encoders
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +82,7 @@ class Manifest:
     """`bundle.json`, field for field."""
 
     format_version: int
-    family: str  # "stable-diffusion"
+    family: str  # "stable-diffusion" or "stable-diffusion-xl"; for people, nothing depends on it
     model_name: str  # last part of the folder or the hub id
     precision: str  # "fp32" or "fp16": the dtype inside the graphs
     prediction_type: str  # "epsilon" or "v_prediction"
@@ -90,6 +93,8 @@ class Manifest:
     files: dict[str, str]  # every other file of the bundle -> SHA-256
     build_key: str  # SHA-256 of all that went into the build
     versions: dict[str, str] = field(default_factory=dict)
+    text_2: TextSpec | None = None  # of a second text encoder
+    zero_empty_negative: bool = False  # an empty negative prompt is zeros and is not encoded
 
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
@@ -109,6 +114,8 @@ class Manifest:
             if fields.pop("sha256", None) != _digest(fields):
                 raise BundleError(f"{source} was changed or damaged; build the bundle again")
             fields["text"] = _strict(TextSpec, fields["text"])
+            if fields["text_2"] is not None:
+                fields["text_2"] = _strict(TextSpec, fields["text_2"])
             fields["latents"] = _strict(LatentSpec, fields["latents"])
             fields["components"] = {
                 name: _component(spec) for name, spec in fields["components"].items()
@@ -138,6 +145,16 @@ def _component(fields: Mapping[str, Any]) -> ComponentSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """How prompts become the input of one text encoder."""
+
+    component: str  # the text encoder's graph
+    text: TextSpec
+    tokenizer: Tokenizer
+    token_embedding: Float32[np.ndarray, "vocab_size dim"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
     """A verified bundle: manifest and small tables in memory, graphs to be loaded on demand."""
 
@@ -147,6 +164,28 @@ class Bundle:
     token_embedding: Float32[np.ndarray, "vocab_size dim"]
     sampler_tables: dict[str, SamplerTable]
     latent_rgb: Float32[np.ndarray, "channels_plus_1 3"]  # last row: the bias; RGB in [-1, 1]
+    tokenizer_2: Tokenizer | None = None  # these two with a second text encoder
+    token_embedding_2: Float32[np.ndarray, "vocab_size_2 dim_2"] | None = None
+
+    @property
+    def vocabularies(self) -> tuple[Vocabulary, ...]:
+        """One for each text encoder, in the order in which the denoiser takes their outputs."""
+        first = Vocabulary(
+            component="text_encoder",
+            text=self.manifest.text,
+            tokenizer=self.tokenizer,
+            token_embedding=self.token_embedding,
+        )
+        if self.manifest.text_2 is None:
+            return (first,)
+        assert self.tokenizer_2 is not None and self.token_embedding_2 is not None
+        second = Vocabulary(
+            component=TEXT_ENCODER_2,
+            text=self.manifest.text_2,
+            tokenizer=self.tokenizer_2,
+            token_embedding=self.token_embedding_2,
+        )
+        return (first, second)
 
     @classmethod
     def open(cls, path: Path) -> "Bundle":
@@ -156,11 +195,16 @@ class Bundle:
         """
         manifest = read_manifest(path)
         _verify_hashes(path, manifest)
+        two = manifest.text_2 is not None
         bundle = cls(
             path=path,
             manifest=manifest,
             tokenizer=Tokenizer.from_file(str(path / TOKENIZER)),
             token_embedding=_read_tensor(path / TOKEN_EMBEDDING, "token_embedding"),
+            tokenizer_2=Tokenizer.from_file(str(path / TOKENIZER_2)) if two else None,
+            token_embedding_2=(
+                _read_tensor(path / TOKEN_EMBEDDING_2, "token_embedding") if two else None
+            ),
             sampler_tables=read_sampler_tables(path / SAMPLERS),
             latent_rgb=_read_tensor(path / LATENT_RGB, "latent_rgb"),
         )
@@ -181,15 +225,24 @@ class Bundle:
         return session
 
     def _verify_shapes(self) -> None:
-        text, latents = self.manifest.text, self.manifest.latents
-        expected = {
-            "token_embedding": (self.token_embedding.shape, (text.vocab_size, text.dim)),
-            "latent_rgb": (self.latent_rgb.shape, (latents.channels + 1, 3)),
-            "tokenizer": ((self.tokenizer.get_vocab_size(),), (text.vocab_size,)),
-        }
-        for name, (found, wanted) in expected.items():
-            if tuple(found) != wanted:
-                raise BundleError(f"{self.path / name} has shape {found}, manifest says {wanted}")
+        self._verify_shape(
+            LATENT_RGB, self.latent_rgb.shape, (self.manifest.latents.channels + 1, 3)
+        )
+        tables, tokenizers = (TOKEN_EMBEDDING, TOKEN_EMBEDDING_2), (TOKENIZER, TOKENIZER_2)
+        for one, table, tokenizer in zip(self.vocabularies, tables, tokenizers, strict=False):
+            rows = one.text.vocab_size
+            self._verify_shape(table, one.token_embedding.shape, (rows, one.text.dim))
+            self._verify_shape(tokenizer, (one.tokenizer.get_vocab_size(),), (rows,))
+        lengths = {one.text.max_tokens for one in self.vocabularies}
+        if len(lengths) > 1:
+            raise BundleError(
+                f"{self.path}: the text encoders have {sorted(lengths)} positions, they must have "
+                "the same; build the bundle again"
+            )
+
+    def _verify_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if tuple(found) != wanted:
+            raise BundleError(f"{self.path / name} has shape {found}, manifest says {wanted}")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -206,9 +259,11 @@ def read_manifest(path: Path) -> Manifest:
 def _verify_hashes(path: Path, manifest: Manifest) -> None:
     required = {TOKENIZER, TOKEN_EMBEDDING, SAMPLERS, LATENT_RGB}
     required |= {spec.file for spec in manifest.components.values()}
-    if unlisted := (required - manifest.files.keys()) | (
-        set(COMPONENTS) - manifest.components.keys()
-    ):
+    components: set[str] = {*COMPONENTS}
+    if manifest.text_2 is not None:
+        required |= {TOKENIZER_2, TOKEN_EMBEDDING_2}
+        components.add(TEXT_ENCODER_2)
+    if unlisted := (required - manifest.files.keys()) | (components - manifest.components.keys()):
         raise BundleError(f"{path / MANIFEST} does not list {', '.join(sorted(unlisted))}")
     for name, expected in manifest.files.items():
         file = path / name

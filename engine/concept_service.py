@@ -65,7 +65,7 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
             error.field = error.field or "content"
             raise
         manifest = self._runtime.pipeline.bundle.manifest
-        check_fits(concept, manifest.text, model_name=manifest.model_name)
+        check_fits(concept, manifest.text, text_2=manifest.text_2, model_name=manifest.model_name)
         stored, changed = self._runtime.store.import_concept(concept, overwrite=request.overwrite)
         return concepts_pb2.ImportConceptResponse(
             concept=wire.concept_to_proto(stored), changed=changed

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from jaxtyping import Float32
 
 from engine.bundle import Bundle
 from engine.concepts import Concept, check_fits
+from engine.families import Conditioning, added_input_names, fill_added_inputs
 from engine.images import resize, to_float, to_uint8
 from engine.noise import TorchGenerator
 from engine.prompts import EncoderInput, PromptReader, PromptReport, apply_weights
@@ -35,10 +36,11 @@ class GenerationPlan:
     width: int  # pixels
     height: int
     trajectory: Trajectory
-    texts: tuple[EncoderInput, ...]  # one per row of the denoiser's batch
+    texts: tuple[tuple[EncoderInput, ...], ...]  # by text encoder; one per row of the denoiser
     weights: tuple[float, ...]  # guidance: one per row, summing to 1
     prompt_report: PromptReport
     negative_report: PromptReport | None  # None where guidance is off
+    zero_negative: bool = False  # the first row's text is zeros
 
     @property
     def matched(self) -> tuple[Concept, ...]:
@@ -60,6 +62,7 @@ class ImageInFlight:
     history: tuple[Latents, ...] = ()
     steps_done: int = 0
     clean_prediction: Latents | None = None  # of the last step; what a preview shows
+    added_inputs: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])  # [rows, _]
 
     @property
     def is_done(self) -> bool:
@@ -75,17 +78,32 @@ class ImageInFlight:
         return (*self.latents.shape[1:], self.prompt_embeds.shape[1])
 
 
-class TextEncoder:
-    """The text-encoder graph behind a cache keyed by what goes in: embeddings, not words."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """What a text encoder gives for one prompt."""
 
-    def __init__(self, session: Session, *, cache_bytes: int = PROMPT_CACHE_BYTES) -> None:
+    prompt_embeds: PromptEmbeds  # of all chunks, joined along the tokens
+    pooled: Float32[np.ndarray, " pooled_dim"]  # of the first chunk; nothing where not asked for
+
+    @property
+    def nbytes(self) -> int:
+        return self.prompt_embeds.nbytes + self.pooled.nbytes
+
+
+class TextEncoder:
+    """A text-encoder graph behind a cache keyed by what goes in: embeddings, not words."""
+
+    def __init__(
+        self, session: Session, *, pools: bool = False, cache_bytes: int = PROMPT_CACHE_BYTES
+    ) -> None:
         self._session = session
-        self._cache: OrderedDict[bytes, PromptEmbeds] = OrderedDict()
+        self._pools = pools
+        self._cache: OrderedDict[bytes, EncodedPrompt] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
 
-    def encode(self, texts: Sequence[EncoderInput]) -> list[PromptEmbeds]:
-        """Encode prompts in one call; a prompt's chunks are joined along the tokens."""
+    def encode(self, texts: Sequence[EncoderInput]) -> list[EncodedPrompt]:
+        """Encode prompts in one call."""
         keys = [_cache_key(text) for text in texts]
         found = {key: self._cache[key] for key in keys if key in self._cache}
         missing = {k: t for k, t in zip(keys, texts, strict=True) if k not in found}
@@ -95,7 +113,7 @@ class TextEncoder:
             self._remember(key, found[key])
         return [found[key] for key in keys]
 
-    def _run(self, texts: Sequence[EncoderInput]) -> list[PromptEmbeds]:
+    def _run(self, texts: Sequence[EncoderInput]) -> list[EncodedPrompt]:
         outputs = self._session.run(
             {
                 "inputs_embeds": np.concatenate([text.inputs_embeds for text in texts]),
@@ -104,16 +122,21 @@ class TextEncoder:
         )
         hidden = outputs["prompt_embeds"].astype(np.float32)
         ends = np.cumsum([len(text.eos_index) for text in texts])
-        rows = np.split(hidden, ends[:-1])
+        pooled = outputs["pooled"].astype(np.float32) if self._pools else hidden[:, 0, :0]
         return [
-            apply_weights(row, text.weights).reshape(-1, hidden.shape[-1])
-            for row, text in zip(rows, texts, strict=True)
+            EncodedPrompt(
+                prompt_embeds=apply_weights(rows, text.weights).reshape(-1, hidden.shape[-1]),
+                pooled=first_chunk,
+            )
+            for text, rows, first_chunk in zip(
+                texts, np.split(hidden, ends[:-1]), pooled[[0, *ends[:-1]]], strict=True
+            )
         ]
 
-    def _remember(self, key: bytes, prompt_embeds: PromptEmbeds) -> None:
+    def _remember(self, key: bytes, encoded: EncodedPrompt) -> None:
         if key not in self._cache:
-            self._cache[key] = prompt_embeds
-            self._cached_bytes += prompt_embeds.nbytes
+            self._cache[key] = encoded
+            self._cached_bytes += encoded.nbytes
         self._cache.move_to_end(key)
         while self._cached_bytes > self._cache_bytes:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
@@ -127,16 +150,28 @@ def _cache_key(text: EncoderInput) -> bytes:
 
 
 class Pipeline:
-    """A loaded model: text encoder, denoiser and autoencoder behind the words of the sampler."""
+    """A loaded model: text encoders, denoiser and autoencoder behind the words of the sampler."""
 
     def __init__(self, bundle: Bundle, sessions: dict[str, Session], *, limits: Limits) -> None:
         self.bundle = bundle
         self.limits = limits.for_model(bundle.manifest)
-        self.reader = PromptReader(bundle.tokenizer, bundle.token_embedding, bundle.manifest.text)
-        self._text_encoder = TextEncoder(sessions["text_encoder"])
+        self._readers = tuple(
+            PromptReader(one.tokenizer, one.token_embedding, one.text, encoder=index)
+            for index, one in enumerate(bundle.vocabularies)
+        )
+        self._added_inputs = added_input_names(bundle.manifest)
+        self._text_encoders = tuple(
+            TextEncoder(sessions[one.component], pools=bool(self._added_inputs))
+            for one in bundle.vocabularies
+        )
         self._denoiser = sessions["denoiser"]
         self._vae_decoder = sessions["vae_decoder"]
         self._vae_encoder = sessions["vae_encoder"]
+
+    @property
+    def reader(self) -> PromptReader:
+        """The reader of the first text encoder, whose reports are told."""
+        return self._readers[0]
 
     @classmethod
     def open(
@@ -161,32 +196,38 @@ class Pipeline:
             request, manifest=manifest, samplers=tables, limits=self.limits
         )
         for concept in request.concepts:
-            check_fits(concept, manifest.text, model_name=manifest.model_name)
-        prompt = self.reader.read(request.prompt, request.concepts)
-        texts, weights = (prompt,), (1.0,)
-        negative = None
-        if request.guidance_scale != 1.0:
-            negative = self.reader.read(
-                request.negative_prompt, request.concepts, field="negative_prompt"
+            check_fits(
+                concept,
+                manifest.text,
+                text_2=manifest.text_2,
+                model_name=manifest.model_name,
             )
-            texts = (negative, prompt)
-            weights = (1.0 - request.guidance_scale, request.guidance_scale)
-        num_chunks = max(text.report.num_chunks for text in texts)
+        texts = [_read(reader, request) for reader in self._readers]
+        num_chunks = max(text.report.num_chunks for rows in texts for text in rows)
+        *negative, prompt = texts[0]
         return GenerationPlan(
             request=_fitted(request, width, height),
             width=width,
             height=height,
             trajectory=trajectory,
-            texts=tuple(self.reader.pad(text, num_chunks) for text in texts),
-            weights=weights,
+            texts=tuple(
+                tuple(reader.pad(text, num_chunks) for text in rows)
+                for reader, rows in zip(self._readers, texts, strict=True)
+            ),
+            weights=(1.0 - request.guidance_scale, request.guidance_scale) if negative else (1.0,),
             prompt_report=prompt.report,
-            negative_report=negative.report if negative else None,
+            negative_report=negative[0].report if negative else None,
+            zero_negative=bool(
+                negative and manifest.zero_empty_negative and not request.negative_prompt
+            ),
         )
 
     def begin(self, plan: GenerationPlan) -> list[ImageInFlight]:
         """Encode the prompts and draw the first latents of every image of a request."""
         request = plan.request
-        prompt_embeds = np.stack(self._text_encoder.encode(plan.texts))
+        prompt_embeds, pooled = self._encode(plan)
+        conditioning = Conditioning(pooled=pooled, width=plan.width, height=plan.height)
+        added_inputs = fill_added_inputs(self._added_inputs, conditioning)
         posterior = None
         if request.init_image is not None:
             posterior = self._encode_image(to_float(request.init_image))
@@ -202,9 +243,26 @@ class Pipeline:
                     weights=np.array(plan.weights, np.float32),
                     generator=generator,
                     latents=self._first_latents(plan, generator, posterior),
+                    added_inputs=added_inputs,
                 )
             )
         return images
+
+    def _encode(
+        self, plan: GenerationPlan
+    ) -> tuple[Float32[np.ndarray, "rows tokens dim"], Float32[np.ndarray, "rows pooled_dim"]]:
+        """The encoders' outputs side by side, and what the last of them pools."""
+        encoded = [
+            encoder.encode(texts)
+            for encoder, texts in zip(self._text_encoders, plan.texts, strict=True)
+        ]
+        prompt_embeds = np.concatenate(
+            [np.stack([row.prompt_embeds for row in rows]) for rows in encoded], axis=-1
+        )
+        pooled = np.stack([row.pooled for row in encoded[-1]])
+        if plan.zero_negative:
+            prompt_embeds[0], pooled[0] = 0.0, 0.0
+        return prompt_embeds, pooled
 
     def _first_latents(
         self,
@@ -241,6 +299,10 @@ class Pipeline:
                 ),
                 "timestep": np.repeat([image.row.timestep for image in images], rows),
                 "prompt_embeds": np.concatenate([image.prompt_embeds for image in images]),
+                **{
+                    name: np.concatenate([image.added_inputs[name] for image in images])
+                    for name in self._added_inputs
+                },
             }
         )
         predictions = np.split(outputs["noise_pred"].astype(np.float32), np.cumsum(rows)[:-1])
@@ -265,6 +327,15 @@ class Pipeline:
         weight, bias = self.bundle.latent_rgb[:-1], self.bundle.latent_rgb[-1]
         rgb = np.tensordot(weight, image.clean_prediction, axes=(0, 0)) + bias[:, None, None]
         return to_uint8(rgb[None])[0]
+
+
+def _read(reader: PromptReader, request: GenerationRequest) -> tuple[EncoderInput, ...]:
+    """The prompts of a request as one text encoder reads them; the negative one first, if any."""
+    prompt = reader.read(request.prompt, request.concepts)
+    if request.guidance_scale == 1.0:
+        return (prompt,)
+    negative = reader.read(request.negative_prompt, request.concepts, field="negative_prompt")
+    return (negative, prompt)
 
 
 def _fitted(request: GenerationRequest, width: int, height: int) -> GenerationRequest:

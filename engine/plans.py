@@ -25,7 +25,13 @@ PRECISION = "fp16"
 _MAGIC = b"vtrt"
 
 # Smallest, most usual and largest length of the batch axes.
-_BATCH_RANGES = {"text_encoder": (1, 2, 8), "denoiser": (1, 2, 16), "vae": (1, 1, 4)}
+_TEXT_RANGE = (1, 2, 8)
+_BATCH_RANGES = {
+    "text_encoder": _TEXT_RANGE,
+    "text_encoder_2": _TEXT_RANGE,
+    "denoiser": (1, 2, 16),
+    "vae": (1, 1, 4),
+}
 _MAX_CHUNKS = 3  # prompt chunks that a plan's denoiser takes at most
 
 ShapeRange = tuple[list[int], list[int], list[int]]  # smallest, optimal, largest

@@ -57,7 +57,7 @@ class _Slot:
 
 
 class PromptReader:
-    """Turns prompts into encoder inputs for one model."""
+    """Turns prompts into encoder inputs for one text encoder of a model."""
 
     def __init__(
         self,
@@ -66,11 +66,13 @@ class PromptReader:
         text: TextSpec,
         *,
         max_chunks: int = MAX_CHUNKS,
+        encoder: int = 0,  # which of a concept's vectors are for this text encoder
     ) -> None:
         self._tokenizer = tokenizer
         self._token_embedding = token_embedding
         self._text = text
         self._max_chunks = max_chunks
+        self._encoder = encoder
 
     def read(
         self, prompt: str, concepts: Sequence[Concept] = (), *, field: str = "prompt"
@@ -158,9 +160,8 @@ class PromptReader:
             eos_index[row] = position
         inputs_embeds = self._token_embedding[input_ids]
         for row, position, concept in placed:
-            inputs_embeds[row, position : position + concept.num_vectors] = (
-                concept.learned_embeddings
-            )
+            vectors = concept.encoders[self._encoder]
+            inputs_embeds[row, position : position + len(vectors)] = vectors
         return EncoderInput(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,

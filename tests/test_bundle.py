@@ -44,7 +44,8 @@ def test_a_manifest_that_was_changed_is_refused(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"format_version": 99}', '{"format_version": 1}']
+    "content",
+    ["", "{", "[]", *(f'{{"format_version": {version}}}' for version in (1, 2, 99, "null"))],
 )
 def test_a_broken_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "bundle.json").write_text(content)

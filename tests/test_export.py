@@ -514,16 +514,13 @@ def test_what_is_no_bundle_is_not_overwritten(tiny_model: Path, tmp_path: Path) 
 # Models that are refused, and forms of models that are read
 
 
-SDXL = {
-    "_class_name": "StableDiffusionXLPipeline",
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-}
+FLUX = {"_class_name": "FluxPipeline", "text_encoder_2": ["transformers", "T5EncoderModel"]}
 
 
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("model_index.json", SDXL, "StableDiffusionXLPipeline .text_encoder_2 CLIP.*; supported: "),
+        ("model_index.json", FLUX, "a FluxPipeline .text_encoder_2 T5EncoderModel.; supported: "),
         ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, "r T5Encoder"),
         ("model_index.json", {"unet": None}, "unet is missing"),
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels and gives 4.*inpainting"),
@@ -531,7 +528,7 @@ SDXL = {
         ("unet/config.json", {"time_cond_proj_dim": 256}, "time_cond_proj_dim=256"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "supported: epsilon, v"),
     ],
-    ids=["sdxl", "t5", "no-unet", "inpainting", "classes", "lcm", "sample"],
+    ids=["flux", "t5", "no-unet", "inpainting", "classes", "lcm", "sample"],
 )
 def test_unsupported_models_are_refused_by_what_they_have(
     model_copy: Path, file: str, changes: dict[str, Any], message: str

@@ -258,7 +258,7 @@ def test_same_prompt_embeds_as_transformers(
         for seed, (token, count) in enumerate(zip(("<x>", "<y>"), num_vectors, strict=True))
     ]
     read = pipeline.reader.read(prompt, concepts)
-    ours = pipeline._text_encoder._session.run(
+    ours = pipeline._text_encoders[0]._session.run(
         {"inputs_embeds": read.inputs_embeds, "eos_index": read.eos_index}
     )
     hidden, pooled = transformers_outputs(prompt, concepts, read.report.num_chunks)

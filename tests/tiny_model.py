@@ -1,4 +1,4 @@
-"""A whole Stable Diffusion model with random weights, made from configs in under a second."""
+"""Whole models of each family with random weights, made from configs in under a second."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -7,11 +7,20 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+    StableDiffusionXLPipeline,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+XL_DIMS, XL_POOLED_DIM, XL_TIME_DIM = (24, 28), 20, 8
 _MERGED_WORDS = ("a", "an", "of", "in", "the", "cat", "dog", "photo", "drawing", "red", "morning")
 
 
@@ -28,32 +37,107 @@ def make_tiny_model(
     scaling_factor: float = 0.3,
     force_upcast: bool = False,
     sd1_eos_token_id: bool = False,
+    hidden_act: str = "quick_gelu",
 ) -> Path:
     """Save a diffusers folder that `StableDiffusionPipeline.from_pretrained` loads; returns it.
 
     Two VAE blocks (2 pixels a latent) and no width like the embedded model's.
     `sd1_eos_token_id` writes the text encoder's `eos_token_id` as Stable Diffusion 1.x has it: 2.
     """
-    tokenizer: Any = make_tokenizer(max_tokens)
-    eos = tokenizer.convert_tokens_to_ids(EOS)
+    tokenizer = make_tokenizer(max_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=dim,
-                intermediate_size=2 * dim,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=max_tokens,
-                bos_token_id=tokenizer.convert_tokens_to_ids(BOS),
-                eos_token_id=2 if sd1_eos_token_id else eos,
-                pad_token_id=eos,
-            )
+            text_config(tokenizer, dim, sd1_eos_token_id=sd1_eos_token_id, hidden_act=hidden_act)
         )
         unet = make_tiny_unet(unet_channels, dim, latent_channels, latent_size)
         vae = make_tiny_vae(latent_channels, scaling_factor, force_upcast)
-    scheduler = DDIMScheduler(
+    make_pipeline: Any = StableDiffusionPipeline
+    make_pipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path)
+    return path
+
+
+def make_tiny_xl_model(
+    path: Path,
+    *,
+    seed: int = 0,
+    max_tokens: int = 20,
+    sd1_eos_token_id: bool = False,
+    force_zeros: bool = True,
+    dims: tuple[int, int] = XL_DIMS,
+) -> Path:
+    """Save a diffusers folder that `StableDiffusionXLPipeline.from_pretrained` loads; returns it.
+
+    As in SDXL the second text encoder projects what it pools, and its tokenizer pads with "!".
+    """
+    tokenizers: list[Any] = [make_tokenizer(max_tokens) for _ in dims]
+    tokenizers[1].pad_token = "!"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        configs = [
+            text_config(
+                tokenizer, dim, sd1_eos_token_id=sd1_eos_token_id, projection_dim=XL_POOLED_DIM
+            )
+            for tokenizer, dim in zip(tokenizers, dims, strict=True)
+        ]
+        text_encoder = CLIPTextModel(configs[0])
+        text_encoder_2 = CLIPTextModelWithProjection(configs[1])
+        unet = make_tiny_unet(
+            (16, 24, 32),
+            sum(dims),
+            4,
+            12,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=XL_TIME_DIM,
+            projection_class_embeddings_input_dim=XL_POOLED_DIM + 6 * XL_TIME_DIM,
+        )
+        vae = make_tiny_vae(4, 0.3, False)
+    make_pipeline: Any = StableDiffusionXLPipeline
+    make_pipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=make_scheduler("epsilon"),
+        force_zeros_for_empty_prompt=force_zeros,
+        add_watermarker=False,
+    ).save_pretrained(path)
+    return path
+
+
+def text_config(
+    tokenizer: Any, dim: int, *, sd1_eos_token_id: bool = False, **options: Any
+) -> CLIPTextConfig:
+    """Two layers for a tokenizer's vocabulary and length."""
+    eos = tokenizer.convert_tokens_to_ids(EOS)
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        intermediate_size=2 * dim,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.convert_tokens_to_ids(BOS),
+        eos_token_id=2 if sd1_eos_token_id else eos,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+
+
+def make_scheduler(prediction_type: Literal["epsilon", "v_prediction"]) -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
@@ -62,22 +146,10 @@ def make_tiny_model(
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    make_pipeline: Any = StableDiffusionPipeline
-    make_pipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(path)
-    return path
 
 
 def make_tiny_unet(
-    channels: tuple[int, ...], dim: int, latent_channels: int, latent_size: int
+    channels: tuple[int, ...], dim: int, latent_channels: int, latent_size: int, **options: Any
 ) -> UNet2DConditionModel:
     """A UNet with attention at full size and in the middle, and one ResNet in each block."""
     return UNet2DConditionModel(
@@ -91,6 +163,7 @@ def make_tiny_unet(
         norm_num_groups=8,
         attention_head_dim=4,
         cross_attention_dim=dim,
+        **options,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.model import DiffusionModel
+from trainer.model import DiffusionModel, Encoder
 from trainer.sources import digest_of_sources
 
 PACKAGES = ("torch", "diffusers", "transformers", "onnx")
@@ -17,10 +17,12 @@ PACKAGES = ("torch", "diffusers", "transformers", "onnx")
 # key (trainer.sampler_tables.samplers_key).
 SOURCES = (
     "engine/bundle.py",
+    "engine/families.py",
     "engine/fingerprint.py",
     "engine/samplers.py",
     "trainer/build_key.py",
     "trainer/export.py",
+    "trainer/families.py",
     "trainer/model.py",
     "trainer/onnx_graphs.py",
     "trainer/parity.py",
@@ -54,20 +56,28 @@ def build_key(
                 "samplers": samplers_key,
                 "versions": package_versions(),
                 "name": model.name,
-                "text_encoder": _public(model.text_encoder.config.to_dict()),
+                "family": model.family.name,
+                "zero_empty_negative": model.zero_empty_negative,
+                "text_encoders": [_described(encoder) for encoder in model.encoders],
                 "unet": _public(model.unet.config),
                 "vae": _public(model.vae.config),
                 "scheduler": _public(model.scheduler_config),
-                "tokenizer": model.tokenizer.backend_tokenizer.to_str(),
-                "special_tokens": model.tokenizer.special_tokens_map,
             },
             sort_keys=True,
             default=str,
         ).encode()
     )
-    for module in (model.text_encoder, model.unet, model.vae):
+    for module in model.modules.values():
         _update(digest, module)
     return digest.hexdigest()
+
+
+def _described(encoder: Encoder) -> dict[str, Any]:
+    return {
+        "config": _public(encoder.text_encoder.config.to_dict()),
+        "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),
+        "special_tokens": encoder.tokenizer.special_tokens_map,
+    }
 
 
 def _public(config: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from engine.files import write_atomically
 from trainer.errors import CheckpointError
 from trainer.images import TrainingImages
 from trainer.learning import LearnOptions, LearnState
-from trainer.model import DiffusionModel
+from trainer.model import DiffusionModel, Encoder
 
 FORMAT = "oneword-checkpoint/2"
 _TENSORS = ("vectors", "first_moment", "second_moment", "best_vectors", "rng_state")
@@ -73,22 +73,27 @@ def model_fingerprint(model: DiffusionModel) -> str:
 
     Of the loaded parts, so that it depends neither on where the model lies nor on the device.
     """
-    parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
     described = {
-        "text_encoder": _public(model.text_encoder.config.to_dict()),
+        "text_encoders": [_described(encoder) for encoder in model.encoders],
         "unet": _public(model.unet.config),
         "vae": _public(model.vae.config),
         "scheduler": _public(model.scheduler_config),
-        "tokenizer": model.tokenizer.backend_tokenizer.to_str(),
-        "special_tokens": model.tokenizer.special_tokens_map,
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    for part, module in parts.items():
+    for part, module in model.modules.items():
         for name, weight in module.state_dict().items():
             digest.update(f"{part}.{name} {weight.dtype} {tuple(weight.shape)}".encode())
             # As bytes, since NumPy lacks bfloat16; flat, since a scalar cannot be viewed so.
             digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _described(encoder: Encoder) -> dict[str, Any]:
+    return {
+        "config": _public(encoder.text_encoder.config.to_dict()),
+        "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),
+        "special_tokens": encoder.tokenizer.special_tokens_map,
+    }
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from engine.concepts import Concept, check_placeholder_token, write_concept
+from engine.concepts import check_placeholder_token, write_concept
 from engine.files import write_atomically
 from engine.printing import printable
 from trainer.checkpoints import RunIdentity, read_checkpoint, write_checkpoint
@@ -24,7 +24,7 @@ from trainer.learning import LearnOptions, LearnState, learn
 from trainer.model import DiffusionModel, load_model
 from trainer.quiet import quiet_libraries
 from trainer.sampling import image_size, png_bytes, sample_images, side_by_side
-from trainer.splicing import text_spec
+from trainer.splicing import as_concept
 from trainer.terminal import Terminated, sigterm_raises
 
 _DEFAULTS = LearnOptions()
@@ -194,9 +194,8 @@ class _Job:
         return f"after step {state.step}; state and best vectors are in {self.checkpoint}; {advice}"
 
     def _write_preview(self, state: LearnState) -> None:
-        concept = Concept(
-            placeholder_token=self.arguments.placeholder_token,
-            learned_embeddings=state.vectors.numpy(),
+        concept = as_concept(
+            self.model, state.vectors, placeholder_token=self.arguments.placeholder_token
         )
         prompts = [f"a photo of {self.arguments.placeholder_token}"] * 4
         drawn = sample_images(self.model, concept, prompts, size=image_size(self.model))
@@ -208,10 +207,10 @@ class _Job:
         """Write the concept, remove the checkpoint, and say what came out."""
         if state.best_step == 0:
             _warn_nothing_learned(self.arguments.placeholder_token)
-        concept = Concept(
+        concept = as_concept(
+            self.model,
+            state.best_vectors,
             placeholder_token=self.arguments.placeholder_token,
-            learned_embeddings=state.best_vectors.numpy(),
-            embedding_fingerprint=text_spec(self.model).embedding_fingerprint,
             metadata=concept_metadata(state, self.options, self.images, self.model.name),
         )
         write_concept(concept, self.arguments.output)
@@ -281,8 +280,8 @@ def _load_model(arguments: argparse.Namespace) -> DiffusionModel:
     try:
         device = torch.device(arguments.device)
         torch.ones(1, device=device).add(1).item()  # `meta` takes weights, but computes nothing
-        for part in (model.text_encoder, model.unet, model.vae):
-            part.to(device)  # pyright: ignore[reportArgumentType]
+        for module in model.modules.values():
+            module.to(device)
     # Unknown name, PyTorch without it, or a device whose own package is missing.
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -1,5 +1,6 @@
 """The training objective of a latent diffusion model, as pure functions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -75,12 +76,20 @@ def diffusion_loss(
     noise: Float32[Tensor, "batch channels height width"],
     timesteps: Int64[Tensor, " batch"],
     prompt_embeds: Float[Tensor, "batch tokens dim"],
+    added_inputs: Mapping[str, Float[Tensor, "batch _"]] | None = None,
 ) -> Float32[Tensor, " batch"]:
-    """Mean squared error of the denoiser for each sample, without reduction over the batch."""
+    """Mean squared error of the denoiser for each sample, without reduction over the batch.
+
+    `added_inputs` are `Family.added_inputs`.
+    """
     noisy = add_noise(schedule, latents, noise, timesteps)
     target = prediction_target(schedule, latents, noise, timesteps)
     (predicted,) = unet(
-        noisy.to(unet.dtype), timesteps, prompt_embeds.to(unet.dtype), return_dict=False
+        noisy.to(unet.dtype),
+        timesteps,
+        prompt_embeds.to(unet.dtype),
+        added_cond_kwargs=added_inputs,
+        return_dict=False,
     )
     return (predicted.float() - target).square().mean(dim=(1, 2, 3))
 

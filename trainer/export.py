@@ -16,7 +16,9 @@ from engine.bundle import (
     MANIFEST,
     SAMPLERS,
     TOKEN_EMBEDDING,
+    TOKEN_EMBEDDING_2,
     TOKENIZER,
+    TOKENIZER_2,
     Bundle,
     ComponentSpec,
     LatentSpec,
@@ -178,10 +180,12 @@ def _build(job: BuildJob, folder: Path) -> Parity:
 
 def _write_tokens(model: DiffusionModel, folder: Path) -> None:
     # Written by Python, whose errors are OSErrors: the libraries' own classes name no file.
-    tokenizer = plain_tokenizer(model).to_str(pretty=True)
-    (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-    table = save({"token_embedding": model.token_embedding.numpy()})
-    (folder / TOKEN_EMBEDDING).write_bytes(table)
+    names = ((TOKENIZER, TOKEN_EMBEDDING), (TOKENIZER_2, TOKEN_EMBEDDING_2))
+    for encoder, (tokenizer_name, table_name) in zip(model.encoders, names, strict=False):
+        tokenizer = plain_tokenizer(encoder).to_str(pretty=True)
+        (folder / tokenizer_name).write_text(tokenizer, encoding="utf-8")
+        table = save({"token_embedding": encoder.token_embedding.numpy()})
+        (folder / table_name).write_bytes(table)
 
 
 def _write_samplers(job: BuildJob, folder: Path) -> None:
@@ -218,14 +222,17 @@ def _write_manifest(job: BuildJob, folder: Path, components: dict[str, Component
         if path.is_file() and path.name != MANIFEST
     }
     model = job.model
+    first, *second = (text_spec(encoder) for encoder in model.encoders)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        family="stable-diffusion",
+        family=model.family.name,
         model_name=model.name,
         precision=job.precision,
         prediction_type=model.prediction_type,
         scheduler_config=model.scheduler_config,
-        text=text_spec(model),
+        text=first,
+        text_2=second[0] if second else None,
+        zero_empty_negative=model.zero_empty_negative,
         latents=_latent_spec(model),
         components=components,
         files=files,

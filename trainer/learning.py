@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.errors import Diverged, LearningError, NoGradient
 from trainer.images import TrainingImages
-from trainer.initializer import initial_vectors, shortened, word_norm
+from trainer.initializer import initial_vectors, shortened_parts, word_norm
 from trainer.latents import LatentDistribution
 from trainer.model import DiffusionModel
 from trainer.objective import Batch, Objective
@@ -111,7 +111,8 @@ class _Run:
     options: LearnOptions
     objective: Objective
     evaluation: Batch
-    max_norm: float
+    dims: tuple[int, ...]  # of the vectors for each text encoder, which stand side by side
+    max_norms: tuple[float, ...]  # for each of them: no longer than a word
 
     @classmethod
     def prepare(cls, model: DiffusionModel, images: TrainingImages, options: LearnOptions) -> Self:
@@ -122,7 +123,8 @@ class _Run:
             options=options,
             objective=objective,
             evaluation=objective.draw_evaluation(EVALUATION_BATCH_SIZE),
-            max_norm=word_norm(model),
+            dims=model.dims,
+            max_norms=tuple(word_norm(encoder) for encoder in model.encoders),
         )
 
     def first_state(self, model: DiffusionModel) -> LearnState:
@@ -186,7 +188,7 @@ class _Run:
         return replace(
             state,
             step=step,
-            vectors=shortened(vectors, self.max_norm),
+            vectors=shortened_parts(vectors, self.dims, self.max_norms),
             first_moment=first,
             second_moment=second,
             zero_gradients=0 if gradient.any() else state.zero_gradients + 1,

@@ -1,4 +1,4 @@
-"""Reading a Stable Diffusion 1.x/2.x model: a diffusers folder or a hub id, in parts."""
+"""Reading a latent diffusion model, a diffusers folder or a hub id, in parts."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,25 +15,21 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from jaxtyping import Float32
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from engine.errors import OneWordError
+from engine.families import NUM_TIME_IDS
+from trainer.families import SUPPORTED, EncoderFolder, Family, family_of
 from trainer.messages import first_line
 
-SUPPORTED = "supported: Stable Diffusion 1.x and 2.x (one CLIP text encoder, UNet, AutoencoderKL)"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
-_TEXT_ENCODERS = {
-    "CLIPTextModel": CLIPTextModel,
-    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
-}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# UNet options that make it want an input which Stable Diffusion 1.x/2.x does not have.
+# UNet options that make it want an input which no supported family has.
 _UNET_EXTRA_INPUTS = (
     "class_embed_type",
     "num_class_embeds",
-    "addition_embed_type",
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
 )
@@ -44,21 +40,66 @@ class ModelError(OneWordError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiffusionModel:
-    """The parts of a latent diffusion model, frozen and in eval mode."""
+class Encoder:
+    """One text encoder with its tokenizer, frozen and in eval mode."""
 
-    name: str  # last part of the folder or the hub id
+    name: str  # "text_encoder" or "text_encoder_2"
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel | CLIPTextModelWithProjection
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    scheduler_config: dict[str, Any]  # as StableDiffusionPipeline would use it
     token_embedding: Float32[Tensor, "vocab_size dim"]
+    tokenizer_folder: str = "tokenizer"
 
     @property
     def max_tokens(self) -> int:
         """Positions of the text encoder, BOS and EOS included."""
         return int(self.text_encoder.config.max_position_embeddings)
+
+    @property
+    def dim(self) -> int:
+        """Width of its token embeddings, and of what a concept has for it."""
+        return self.token_embedding.shape[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffusionModel:
+    """The parts of a latent diffusion model, frozen and in eval mode."""
+
+    name: str  # last part of the folder or the hub id
+    family: Family
+    encoders: tuple[Encoder, ...]
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler_config: dict[str, Any]  # as the family's pipeline would use it
+    zero_empty_negative: bool = False  # an empty negative prompt is zeros (SDXL)
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """Of the first text encoder, as the next two."""
+        return self.encoders[0].tokenizer
+
+    @property
+    def text_encoder(self) -> CLIPTextModel | CLIPTextModelWithProjection:
+        return self.encoders[0].text_encoder
+
+    @property
+    def token_embedding(self) -> Float32[Tensor, "vocab_size dim"]:
+        return self.encoders[0].token_embedding
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Widths of the token embeddings: what each part of a learned vector must have."""
+        return tuple(encoder.dim for encoder in self.encoders)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All networks, by the names of their folders."""
+        encoders = {encoder.name: encoder.text_encoder for encoder in self.encoders}
+        return {**encoders, "unet": self.unet, "vae": self.vae}
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions of each text encoder, BOS and EOS included."""
+        return self.encoders[0].max_tokens
 
     @property
     def prediction_type(self) -> str:
@@ -85,26 +126,37 @@ def load_model(
     """Load a diffusers folder or hub id, in `dtype`, without safety checker; safetensors only.
 
     Weights are read from the plain files, or from the `fp16` variant where those are missing.
-    `token_embedding` stays float32 in any case: it is what concepts are measured against.
+    Token embeddings stay float32 in any case: they are what concepts are measured against.
     Raises `ModelError` for a model that is missing, broken or not supported.
     """
     source = _source(model)
     if revision is not None and Path(source).is_dir():
         raise ModelError(f"a revision is for hub models, {source} is a folder; leave it out")
     index = _load_config(DiffusionPipeline, source, revision)
-    text_encoder_class = _check_index(source, index)
-    _check_unet(source, revision)
-    scheduler_config = _scheduler_config(source, revision, _class_name(index, "scheduler"))
+    family = _check_index(source, index)
+    _check_unet(source, revision, family)
+    scheduler_config = _scheduler_config(
+        source, revision, _class_name(index, "scheduler"), corrected=family.corrects_scheduler
+    )
 
     def part(loader: Callable[..., _T], name: str, **options: Any) -> _T:
         return _load_part(loader, source, name, revision=revision, **options)
 
-    text_encoder = part(text_encoder_class.from_pretrained, "text_encoder", dtype=torch.float32)
-    token_embedding = text_encoder.get_input_embeddings().weight.detach().clone()
+    def encoder(folder: EncoderFolder) -> Encoder:
+        loader = folder.classes[str(_class_name(index, folder.name))].from_pretrained
+        text_encoder = part(loader, folder.name, dtype=torch.float32)
+        return Encoder(
+            name=folder.name,
+            tokenizer=_load_tokenizer(source, revision, folder.tokenizer),
+            tokenizer_folder=folder.tokenizer,
+            token_embedding=text_encoder.get_input_embeddings().weight.detach().clone(),
+            text_encoder=text_encoder.to(dtype).requires_grad_(False).eval(),
+        )
+
     loaded = DiffusionModel(
         name=Path(source).name,
-        tokenizer=_load_tokenizer(source, revision),
-        text_encoder=text_encoder.to(dtype).requires_grad_(False).eval(),
+        family=family,
+        encoders=tuple(encoder(folder) for folder in family.encoders),
         unet=part(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=dtype)
         .requires_grad_(False)
         .eval(),
@@ -112,7 +164,8 @@ def load_model(
         .requires_grad_(False)
         .eval(),
         scheduler_config=scheduler_config,
-        token_embedding=token_embedding,
+        zero_empty_negative=family.zero_empty_negative
+        and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
     _check_fit(loaded)
     return loaded
@@ -180,32 +233,24 @@ def _class_name(index: Mapping[str, Any], name: str) -> str | None:
     return part[1] if isinstance(part, list | tuple) and len(part) == 2 else None
 
 
-def _check_index(source: str, index: Mapping[str, Any]) -> Any:
-    """The class of the text encoder, if every part is of a class that this package knows."""
+def _check_index(source: str, index: Mapping[str, Any]) -> Family:
+    """The family of a model, if every part is of a class that the family knows."""
     found = {name: kind for name in index if (kind := _class_name(index, name))}
-    wanted = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-    wrong = [
-        f"{name} {found.get(name, 'is missing')}"
-        for name, kind in wanted.items()
-        if found.get(name) != kind
-    ]
-    if found.get("text_encoder") not in _TEXT_ENCODERS:
-        wrong.append(f"text_encoder {found.get('text_encoder', 'is missing')}")
-    wrong += [
-        f"{name} {found[name]}" for name in ("text_encoder_2", "transformer") if name in found
-    ]
-    if wrong:
+    family = family_of(found)
+    if faults := family.faults(found):
         raise ModelError(
             f"{source} is a {index.get('_class_name', 'model of unknown class')} "
-            f"({', '.join(wrong)}); {SUPPORTED}"
+            f"({', '.join(faults)}); {SUPPORTED}"
         )
-    return _TEXT_ENCODERS[found["text_encoder"]]
+    return family
 
 
-def _check_unet(source: str, revision: str | None) -> None:
-    """Refuse UNets that want more than latents, timestep and prompt, before reading any weights."""
+def _check_unet(source: str, revision: str | None, family: Family) -> None:
+    """Refuse UNets that want another input than their family's, before reading any weights."""
     unet = _load_config(UNet2DConditionModel, source, revision, subfolder="unet")
     extra = [f"{name}={unet[name]!r}" for name in _UNET_EXTRA_INPUTS if unet.get(name) is not None]
+    if unet.get("addition_embed_type") != family.addition_embed_type:
+        extra.append(f"addition_embed_type={unet.get('addition_embed_type')!r}")
     if extra:
         raise ModelError(f"{source}: the UNet has {', '.join(extra)}; {SUPPORTED}")
     channels = (unet.get("in_channels"), unet.get("out_channels"))
@@ -218,8 +263,10 @@ def _check_unet(source: str, revision: str | None) -> None:
         )
 
 
-def _scheduler_config(source: str, revision: str | None, class_name: str | None) -> dict[str, Any]:
-    """`pipe.scheduler.config` of StableDiffusionPipeline: complete, with its two corrections.
+def _scheduler_config(
+    source: str, revision: str | None, class_name: str | None, *, corrected: bool
+) -> dict[str, Any]:
+    """`pipe.scheduler.config` of the family's pipeline: complete, and corrected if that does so.
 
     A key that the file lacks has the default of the model's own scheduler class; the corrections
     are for those as well.
@@ -233,7 +280,7 @@ def _scheduler_config(source: str, revision: str | None, class_name: str | None)
         config = dict(scheduler_class.from_config(dict(written)).config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ModelError(f"{source}: cannot make its {class_name}: {first_line(error)}") from error
-    corrections = {"steps_offset": 1, "clip_sample": False}
+    corrections = {"steps_offset": 1, "clip_sample": False} if corrected else {}
     config |= {key: value for key, value in corrections.items() if key in config}
     # Other schedulers' from_config passes over the keys listed here: a correction must count.
     if defaults := set(config.pop("_use_default_values", ())) - corrections.keys():
@@ -247,12 +294,12 @@ def _scheduler_config(source: str, revision: str | None, class_name: str | None)
     return config
 
 
-def _load_tokenizer(source: str, revision: str | None) -> CLIPTokenizer:
-    options: dict[str, Any] = {"subfolder": "tokenizer", "revision": revision}
+def _load_tokenizer(source: str, revision: str | None, folder: str) -> CLIPTokenizer:
+    options: dict[str, Any] = {"subfolder": folder, "revision": revision}
     try:
         return CLIPTokenizer.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise ModelError(f"{source}: cannot read the tokenizer: {_reason(error)}") from error
+        raise ModelError(f"{source}: cannot read the {folder}: {_reason(error)}") from error
 
 
 def _load_part(loader: Callable[..., _T], source: str, name: str, **options: Any) -> _T:
@@ -271,15 +318,38 @@ def _load_part(loader: Callable[..., _T], source: str, name: str, **options: Any
 
 def _check_fit(model: DiffusionModel) -> None:
     """Refuse parts that do not belong together."""
-    rows, dim = model.token_embedding.shape
-    if len(model.tokenizer) != rows:
+    for encoder in model.encoders:
+        rows = len(encoder.token_embedding)
+        if len(encoder.tokenizer) != rows:
+            raise ModelError(
+                f"{model.name}: the {encoder.tokenizer_folder} has {len(encoder.tokenizer)} "
+                f"tokens, the embedding of the {encoder.name} has {rows} rows"
+            )
+    lengths = [encoder.max_tokens for encoder in model.encoders]
+    if len(set(lengths)) > 1:
         raise ModelError(
-            f"{model.name}: the tokenizer has {len(model.tokenizer)} tokens, "
-            f"the text encoder's embedding has {rows} rows"
+            f"{model.name}: the text encoders have {' and '.join(map(str, lengths))} positions; "
+            "the denoiser reads them side by side, so they must have the same number"
         )
     cross_attention_dim = model.unet.config["cross_attention_dim"]
-    if cross_attention_dim != dim:
+    if cross_attention_dim != sum(model.dims):
         raise ModelError(
             f"{model.name}: the UNet wants prompt embeddings of width {cross_attention_dim}, "
-            f"the text encoder gives {dim}"
+            f"the text encoder gives {' + '.join(map(str, model.dims))}"
+        )
+    if model.family.has_added_inputs:
+        _check_added_inputs(model)
+
+
+def _check_added_inputs(model: DiffusionModel) -> None:
+    """Refuse a UNet that wants other numbers beside the pooled prompt than the six of the size."""
+    unet = model.unet.config
+    text_config: Any = model.encoders[-1].text_encoder.config
+    pooled_dim = int(text_config.projection_dim)
+    wanted = pooled_dim + NUM_TIME_IDS * unet["addition_time_embed_dim"]
+    if unet["projection_class_embeddings_input_dim"] != wanted:
+        raise ModelError(
+            f"{model.name}: the UNet wants {unet['projection_class_embeddings_input_dim']} numbers "
+            f"of pooled prompt and size, the model gives {wanted} (SDXL's refiner has an aesthetic "
+            f"score in them); {SUPPORTED}"
         )

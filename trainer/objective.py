@@ -9,10 +9,11 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from trainer.diffusion_loss import NoiseSchedule, diffusion_loss, stratified_timesteps
+from trainer.families import Family
 from trainer.latents import LatentDistribution
 from trainer.model import DiffusionModel
 from trainer.splicing import TemplatePrompts
-from trainer.text_encoder import TextEncoder
+from trainer.text_encoder import PromptEncoder
 
 # Every run is measured on the same noise, whatever its own seed.
 _EVALUATION_SEED = 2208_01618
@@ -49,9 +50,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The loss of one run: frozen model, encoded images, laid-out templates."""
+    """The loss of one run: frozen model, encoded images, laid-out templates.
 
-    text_encoder: TextEncoder
+    Vectors are those for each text encoder side by side, `sum(dims)` wide.
+    """
+
+    family: Family
+    dims: tuple[int, ...]  # of the token embeddings of each text encoder
+    scale_factor: int  # pixels per latent
+    prompt_encoder: PromptEncoder
     unet: UNet2DConditionModel
     schedule: NoiseSchedule
     latents: LatentDistribution
@@ -62,7 +69,10 @@ class Objective:
         cls, model: DiffusionModel, latents: LatentDistribution, prompts: TemplatePrompts
     ) -> Self:
         return cls(
-            text_encoder=TextEncoder(model.text_encoder),
+            family=model.family,
+            dims=model.dims,
+            scale_factor=model.scale_factor,
+            prompt_encoder=PromptEncoder.of(model),
             unet=model.unet,
             schedule=NoiseSchedule.from_config(model.scheduler_config).to(model.unet.device),
             latents=latents,
@@ -105,10 +115,13 @@ class Objective:
         """The loss of each sample; differentiable in `vectors` alone."""
         device = self.unet.device
         batch = batch.to(device)
-        inputs_embeds = self.prompts.splice(vectors.to(device), batch.templates)
-        prompt_embeds, _ = self.text_encoder(
-            inputs_embeds.to(self.text_encoder.dtype), self.prompts.eos_index[batch.templates]
+        parts = vectors.to(device).split(self.dims, dim=1)
+        prompts = self.prompts.of_encoders
+        prompt_embeds, pooled = self.prompt_encoder(
+            [one.splice(part, batch.templates) for one, part in zip(prompts, parts, strict=True)],
+            [one.eos_index[batch.templates] for one in prompts],
         )
+        height, width = (self.scale_factor * side for side in batch.latents.shape[-2:])
         return diffusion_loss(
             self.unet,
             self.schedule,
@@ -116,6 +129,7 @@ class Objective:
             noise=batch.noise,
             timesteps=batch.timesteps,
             prompt_embeds=prompt_embeds,
+            added_inputs=self.family.added_inputs(pooled, width=width, height=height),
         )
 
     def loss_and_gradient(

@@ -1,8 +1,8 @@
 """The parity gate: no bundle is published that does not draw what diffusers draws.
 
 Each graph runs in ONNX Runtime at sizes other than those it was traced with and is compared with
-its float32 PyTorch module; then the runtime draws a whole image with a concept in it, and
-diffusers' StableDiffusionPipeline draws the same image with the concept loaded its own way.
+its float32 PyTorch module; then the runtime draws a whole image with a concept in it, and the
+family's diffusers pipeline draws the same image with the concept loaded its own way.
 """
 
 import copy
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from jaxtyping import Float, Float32
+from torch import Tensor
 
 from engine.bundle import Bundle
 from engine.concepts import Concept
@@ -25,6 +25,7 @@ from engine.sessions import Array, Feeds, Session
 from trainer.messages import first_line
 from trainer.model import DiffusionModel
 from trainer.onnx_graphs import ExportError, Graph
+from trainer.splicing import as_concept
 
 # Largest error of an output over its largest magnitude. Measured: float32 graphs 1e-6, float16
 # graphs 1e-3 to 3e-3 (docs/bundle.md); a graph that is wrong is off by 1e-1 and more.
@@ -155,28 +156,14 @@ def image_psnr_db(bundle: Bundle, sessions: dict[str, Session], model: Diffusion
 def draw_with_diffusers(
     model: DiffusionModel, request: GenerationRequest
 ) -> Float[np.ndarray, "height width 3"]:
-    """The image, in [0, 1], that StableDiffusionPipeline draws with DDIM.
-
-    Tokenizer and text encoder are copied: loading a concept there adds to both.
-    """
-    make_pipeline: Any = StableDiffusionPipeline  # its annotations refuse what it documents
-    pipeline = make_pipeline(
-        vae=model.vae,
-        text_encoder=copy.deepcopy(model.text_encoder),
-        tokenizer=copy.deepcopy(model.tokenizer),
-        unet=model.unet,
-        scheduler=DDIMScheduler.from_config(model.scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    """The image, in [0, 1], that the family's text-to-image pipeline draws with DDIM."""
+    pipeline = diffusers_pipeline(model)
     for concept in request.concepts:
-        vectors = torch.from_numpy(concept.learned_embeddings.copy())
-        pipeline.load_textual_inversion({concept.placeholder_token: vectors})
-    pipeline.set_progress_bar_config(disable=True)
+        load_concept(pipeline, model, concept)
     return pipeline(
         request.prompt,
-        negative_prompt=request.negative_prompt,
+        # SDXL's pipeline encodes "" but takes zeros for None; the same to the others.
+        negative_prompt=request.negative_prompt or None,
         height=request.height,
         width=request.width,
         num_inference_steps=request.num_inference_steps,
@@ -184,6 +171,41 @@ def draw_with_diffusers(
         generator=torch.Generator().manual_seed(request.seed),
         output_type="np",
     ).images[0]
+
+
+def diffusers_pipeline(model: DiffusionModel) -> Any:
+    """The family's pipeline of diffusers around a model.
+
+    Tokenizers and text encoders are copied: loading a concept there adds to both.
+    """
+    options = dict(model.family.pipeline_options)
+    for encoder in model.encoders:
+        text_encoder = copy.deepcopy(encoder.text_encoder)
+        core: Any = getattr(text_encoder, "text_model", text_encoder)
+        # Where a config has 2 here, transformers pools at the largest id: at a concept, not at EOS.
+        core.eos_token_id = encoder.tokenizer.eos_token_id
+        options[encoder.name] = text_encoder
+        options[encoder.tokenizer_folder] = copy.deepcopy(encoder.tokenizer)
+    if model.family.zero_empty_negative:
+        options["force_zeros_for_empty_prompt"] = model.zero_empty_negative
+    pipeline = model.family.pipeline(
+        vae=model.vae,
+        unet=model.unet,
+        scheduler=DDIMScheduler.from_config(model.scheduler_config),
+        **options,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_concept(pipeline: Any, model: DiffusionModel, concept: Concept) -> None:
+    """Load a concept into each text encoder, as diffusers' users do."""
+    for encoder, vectors in zip(model.encoders, concept.encoders, strict=True):
+        pipeline.load_textual_inversion(
+            {concept.placeholder_token: torch.from_numpy(vectors.copy())},
+            text_encoder=getattr(pipeline, encoder.name),
+            tokenizer=getattr(pipeline, encoder.tokenizer_folder),
+        )
 
 
 def psnr_db(
@@ -195,12 +217,14 @@ def psnr_db(
 
 
 def _random_concept(model: DiffusionModel) -> Concept:
-    """Vectors in random directions, as long as the rows of the table are."""
-    table = model.token_embedding.numpy()
-    vectors: Float32[np.ndarray, "num_vectors dim"] = (
-        np.random.default_rng(SEED)
-        .standard_normal((NUM_VECTORS, table.shape[1]))
-        .astype(np.float32)
-    )
-    vectors *= np.linalg.norm(table, axis=1).mean() / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return Concept(placeholder_token=PLACEHOLDER_TOKEN, learned_embeddings=vectors)
+    """Vectors in random directions, as long as the rows of the tables are."""
+    rng = np.random.default_rng(SEED)
+    vectors = [_random_vectors(encoder.token_embedding, rng) for encoder in model.encoders]
+    return as_concept(model, torch.cat(vectors, dim=1), placeholder_token=PLACEHOLDER_TOKEN)
+
+
+def _random_vectors(
+    table: Float32[Tensor, "vocab_size dim"], rng: np.random.Generator
+) -> Float32[Tensor, "num_vectors dim"]:
+    vectors = torch.from_numpy(rng.standard_normal((NUM_VECTORS, table.shape[1]))).float()
+    return vectors * table.norm(dim=1).mean() / vectors.norm(dim=1, keepdim=True)

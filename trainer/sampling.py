@@ -4,7 +4,6 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float32
 from PIL import Image
@@ -15,7 +14,7 @@ from engine.prompts import PromptReader
 from trainer.model import DiffusionModel
 from trainer.sampler_tables import make_scheduler
 from trainer.splicing import plain_tokenizer, text_spec
-from trainer.text_encoder import TextEncoder
+from trainer.text_encoder import PromptEncoder
 
 
 def image_size(model: DiffusionModel) -> int:
@@ -36,14 +35,21 @@ def sample_images(
     guidance_scale: float = 4.0,
 ) -> list[Image.Image]:
     """One image of `size` pixels for each prompt, each from its own noise."""
-    negative_prompt_embeds = _encode(model, concept, [""] * len(prompts))
-    prompt_embeds = _encode(model, concept, prompts)
-    context = torch.cat([negative_prompt_embeds, prompt_embeds])
+    prompt_embeds, pooled = _encode(model, concept, [""] * len(prompts) + list(prompts))
+    if model.zero_empty_negative:
+        prompt_embeds[: len(prompts)], pooled[: len(prompts)] = 0.0, 0.0
+    added_inputs = model.family.added_inputs(pooled, width=size, height=size)
     scheduler = make_scheduler("ddim", model.scheduler_config)
     scheduler.set_timesteps(num_inference_steps, device=model.unet.device)
     latents = _noise(model, len(prompts), size, seed)
     for timestep in scheduler.timesteps:
-        (both,) = model.unet(torch.cat([latents] * 2), timestep, context, return_dict=False)
+        (both,) = model.unet(
+            torch.cat([latents] * 2),
+            timestep,
+            prompt_embeds,
+            added_cond_kwargs=added_inputs,
+            return_dict=False,
+        )
         unconditional, conditional = both.chunk(2)
         noise_pred = unconditional + guidance_scale * (conditional - unconditional)
         latents = scheduler.step(noise_pred, timestep, latents, return_dict=False)[0]
@@ -52,17 +58,22 @@ def sample_images(
 
 def _encode(
     model: DiffusionModel, concept: Concept, prompts: Sequence[str]
-) -> Float32[Tensor, "prompts tokens dim"]:
-    table = model.token_embedding.cpu().numpy()
-    reader = PromptReader(plain_tokenizer(model), table, text_spec(model), max_chunks=1)
-    inputs = [reader.read(prompt, [concept]) for prompt in prompts]
-    encoder = TextEncoder(model.text_encoder)
-    inputs_embeds = torch.from_numpy(np.concatenate([i.inputs_embeds for i in inputs]))
-    eos_index = torch.from_numpy(np.concatenate([i.eos_index for i in inputs]))
-    prompt_embeds, _ = encoder(
-        inputs_embeds.to(encoder.device, encoder.dtype), eos_index.to(encoder.device)
+) -> tuple[Float32[Tensor, "prompts tokens dim"], Float32[Tensor, "prompts pooled_dim"]]:
+    readers = [
+        PromptReader(
+            plain_tokenizer(encoder),
+            encoder.token_embedding.cpu().numpy(),
+            text_spec(encoder),
+            max_chunks=1,
+            encoder=index,
+        )
+        for index, encoder in enumerate(model.encoders)
+    ]
+    inputs = [[reader.read(prompt, [concept]) for prompt in prompts] for reader in readers]
+    return PromptEncoder.of(model)(
+        [torch.cat([torch.from_numpy(one.inputs_embeds) for one in rows]) for rows in inputs],
+        [torch.cat([torch.from_numpy(one.eos_index) for one in rows]) for rows in inputs],
     )
-    return prompt_embeds
 
 
 def _noise(

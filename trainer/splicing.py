@@ -1,7 +1,7 @@
 """Template prompts with slots for the new vectors, laid out by the engine's own prompt reader."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -15,14 +15,14 @@ from engine.concepts import MAX_NUM_VECTORS, Concept
 from engine.fingerprint import embedding_fingerprint
 from engine.prompts import PromptReader
 from trainer.errors import LearningError
-from trainer.model import DiffusionModel
+from trainer.model import DiffusionModel, Encoder
 
 # Holds the slots while templates are laid out; the name of the real concept does not matter there.
 _STAND_IN = "<concept>"
 
 
-def text_spec(model: DiffusionModel) -> TextSpec:
-    """What the engine's prompt reader must know of the model's text encoder."""
+def text_spec(model: DiffusionModel | Encoder) -> TextSpec:
+    """What the engine's prompt reader must know of a text encoder; of a model's, the first."""
     vocab_size, dim = model.token_embedding.shape
     tokenizer: Any = model.tokenizer  # annotated for lists of tokens as well
     return TextSpec(
@@ -37,8 +37,10 @@ def text_spec(model: DiffusionModel) -> TextSpec:
     )
 
 
-def plain_tokenizer(model: DiffusionModel) -> Tokenizer:
-    """A copy of the model's fast tokenizer that neither pads nor truncates, as the reader wants it.
+def plain_tokenizer(model: DiffusionModel | Encoder) -> Tokenizer:
+    """A copy of the fast tokenizer that neither pads nor truncates, as the reader wants it.
+
+    Of a model's tokenizers the first.
 
     A `tokenizer.json` may store a padding length, which would then count as text.
     """
@@ -48,27 +50,64 @@ def plain_tokenizer(model: DiffusionModel) -> Tokenizer:
     return tokenizer
 
 
+def as_concept(
+    model: DiffusionModel,
+    vectors: Float32[Tensor, "num_vectors all_dims"],
+    *,
+    placeholder_token: str,
+    metadata: Mapping[str, str] | None = None,
+) -> Concept:
+    """Learned vectors, those for each text encoder side by side, as a concept of this model."""
+    first, *second = (part.cpu().numpy() for part in vectors.split(model.dims, dim=1))
+    return Concept(
+        placeholder_token=placeholder_token,
+        learned_embeddings=np.ascontiguousarray(first),
+        learned_embeddings_2=np.ascontiguousarray(second[0]) if second else None,
+        embedding_fingerprint=text_spec(model).embedding_fingerprint,
+        metadata=metadata or {},
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplatePrompts:
-    """Templates as encoder inputs: fixed rows of the vocabulary, and where the vectors go."""
+    """Templates as inputs of one encoder: fixed rows of the vocabulary, and where the vectors go.
+
+    `second` holds the same templates for a second text encoder.
+    """
 
     frozen_embeds: Float32[Tensor, "templates tokens dim"]
     slots: Int64[Tensor, "templates num_vectors"]  # positions of the vectors
     eos_index: Int64[Tensor, " templates"]
+    second: "TemplatePrompts | None" = None
+
+    @property
+    def of_encoders(self) -> tuple["TemplatePrompts", ...]:
+        """The layouts for each text encoder in turn."""
+        return (self,) if self.second is None else (self, self.second)
 
     @classmethod
     def lay_out(cls, model: DiffusionModel, templates: Sequence[str], num_vectors: int) -> Self:
-        """Lay out each template once.
+        """Lay out each template once for each text encoder.
 
         Raises `LearningError` if the vectors do not fit into a concept, or beside a template's
-        words into the encoder.
+        words into an encoder.
         """
-        table = model.token_embedding.cpu().numpy()
-        text = text_spec(model)
-        reader = PromptReader(plain_tokenizer(model), table, text)
+        first, *second = (
+            cls._lay_out(model, index, templates, num_vectors)
+            for index in range(len(model.encoders))
+        )
+        return replace(first, second=second[0] if second else None)
+
+    @classmethod
+    def _lay_out(
+        cls, model: DiffusionModel, index: int, templates: Sequence[str], num_vectors: int
+    ) -> Self:
+        encoder = model.encoders[index]
+        table, text = encoder.token_embedding.cpu().numpy(), text_spec(encoder)
+        reader = PromptReader(plain_tokenizer(encoder), table, text, encoder=index)
         # Before the stand-in is made: neither a concept nor a chunk can hold just any number.
-        _check_room(reader, text, templates, num_vectors)
-        stand_in = [_stand_in(num_vectors, text.dim)]
+        _check_room(reader, text, _stand_in(model.dims, 1), templates, num_vectors)
+        stand_in = [_stand_in(model.dims, num_vectors)]
         inputs = [reader.read(template.format(_STAND_IN), stand_in) for template in templates]
         first = torch.tensor([encoder_input.slots[0][1] for encoder_input in inputs])
         return cls(
@@ -93,24 +132,30 @@ class TemplatePrompts:
             frozen_embeds=self.frozen_embeds.to(device),
             slots=self.slots.to(device),
             eos_index=self.eos_index.to(device),
+            second=self.second.to(device) if self.second is not None else None,
         )
 
 
-def _stand_in(num_vectors: int, dim: int) -> Concept:
+def _stand_in(dims: Sequence[int], num_vectors: int) -> Concept:
+    first, *second = (np.zeros((num_vectors, dim), np.float32) for dim in dims)
     return Concept(
         placeholder_token=_STAND_IN,
-        learned_embeddings=np.zeros((num_vectors, dim), np.float32),
+        learned_embeddings=first,
+        learned_embeddings_2=second[0] if second else None,
     )
 
 
 def _check_room(
-    reader: PromptReader, text: TextSpec, templates: Sequence[str], num_vectors: int
+    reader: PromptReader,
+    text: TextSpec,
+    one_vector: Concept,
+    templates: Sequence[str],
+    num_vectors: int,
 ) -> None:
     """Refuse more vectors than a concept holds, or than the longest template leaves room for."""
     places = text.max_tokens - 2
-    one = [_stand_in(1, text.dim)]
     words, longest = max(
-        (reader.read(template.format(_STAND_IN), one).report.num_tokens - 1, template)
+        (reader.read(template.format(_STAND_IN), [one_vector]).report.num_tokens - 1, template)
         for template in templates
     )
     if words >= places:
