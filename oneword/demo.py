@@ -29,42 +29,39 @@ from oneword.contact_sheet import Panel, Picture, draw_contact_sheet
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path("models/emoji")
 IMAGES = Path("examples/concepts/fox")
-INITIALIZER_TOKEN = "animal"
-PLACEHOLDER_TOKEN = "<fox>"
-NUM_VECTORS = 4  # the embedded model is small: one vector holds too little
-LEARNED, CONTRAST = PLACEHOLDER_TOKEN, f"an {INITIALIZER_TOKEN}"
-SETTINGS: dict[str, Any] = {"sampler": "ddim", "num_inference_steps": 20, "guidance_scale": 3.0}
+LEARNED, CONTRAST = "<fox>", "a bear"
+SETTINGS: dict[str, Any] = {"sampler": "ddim", "num_inference_steps": 20, "guidance_scale": 4.0}
 CONCURRENT_REQUESTS = 8
 SERVER_STOP_TIMEOUT_S = 60.0
 
-# What the contact sheet shows, once with the learned word and once with its initializer token.
+# What the contact sheet shows, once with the learned word and once with one that the model knows.
 PROMPTS = (
     ("the word alone", ("a photo of {}",) * 4),
     (
-        "other backgrounds",
+        "other places",
         (
-            "a photo of {} on a blue background",
-            "a photo of {} on a green background",
-            "{} on a black background",
-            "{} on grass under a blue sky",
+            "{} on a blue background",
+            "{} on the beach",
+            "{} in the snow",
+            "a photo of {} at night",
         ),
     ),
     (
         "another style",
         (
-            "a flat drawing of {}",
-            "{} on a striped background",
-            "a close-up photo of {}",
-            "a painting of {} at night",
+            "{} in flat style",
+            "{} in glossy style",
+            "{} in twemoji style",
+            "{} on a green and white striped background",
         ),
     ),
     (
         "with another object",
         (
-            "a photo of {} and a red apple",
-            "a photo of {} and a house",
-            "a photo of a car and {}",
-            "a photo of {} and a frog on a white background",
+            "{} and a cat on a white background",
+            "{} next to an apple on a white background",
+            "a dog and {} on grass",
+            "{} and a red car on a yellow background",
         ),
     ),
 )
@@ -130,8 +127,7 @@ def _as_typed(path: Path) -> Path:
 def _learn(concept_path: Path) -> None:
     resume = ["--resume"] if (ROOT / f"{concept_path}.checkpoint").exists() else []
     _run(
-        *("-m", "oneword", "learn", IMAGES, "--placeholder-token", PLACEHOLDER_TOKEN),
-        *("--initializer-token", INITIALIZER_TOKEN, "--num-vectors", str(NUM_VECTORS)),
+        *("-m", "oneword", "learn", IMAGES, "--placeholder-token", LEARNED),
         *("--model", MODEL, "--output", concept_path, *resume),
     )
 
@@ -200,7 +196,7 @@ def _generate(address: str, concept_path: Path) -> dict[_Shot, GenerationResult]
 
 
 def _bands(results: dict[_Shot, GenerationResult]) -> list[list[Panel]]:
-    """What the trainer saw, then each group of prompts with the word and with its initializer."""
+    """What the trainer saw, then each group of prompts with the word and with a known one."""
     files = sorted(path for path in (ROOT / IMAGES).iterdir() if path.suffix == ".png")
     seen = [Picture(path.read_bytes(), path.name) for path in files]
     bands = [[Panel(f"what the trainer saw: {IMAGES}", seen)]]

@@ -30,7 +30,7 @@ def test_a_corrupted_bundle_is_refused(emoji_bundle_path: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("precision", '"fp16"'), ("scale_factor", "4"), ("eos_token_id", "99999")]
+    ("field", "value"), [("precision", '"fp16"'), ("scale_factor", "16"), ("eos_token_id", "99999")]
 )
 def test_a_manifest_that_was_changed_is_refused(
     emoji_bundle_path: Path, tmp_path: Path, field: str, value: str

@@ -260,7 +260,8 @@ def test_an_axis_frozen_inside_a_graph_is_found_by_the_gate(tmp_path: Path) -> N
 def test_previews_explain_most_of_what_the_decoder_draws() -> None:
     model = load_model(EMOJI_MODEL)
     weights = fit_latent_rgb(model, seed=0)
-    coarse = torch.randn(4, 8, 4, 4, generator=torch.Generator().manual_seed(99))
+    channels = model.vae.config["latent_channels"]
+    coarse = torch.randn(4, channels, 4, 4, generator=torch.Generator().manual_seed(99))
     latents = nn.functional.interpolate(coarse, (FINE, FINE), mode="bicubic")
     with torch.no_grad():
         decoder = VaeDecoder(model.vae, model.scaling_factor, model.shift_factor)

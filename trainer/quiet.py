@@ -4,9 +4,11 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Turn off the bars and the advice of transformers and huggingface_hub."""
-    from transformers.utils import logging
+    """Turn off the bars and the advice of diffusers, transformers and huggingface_hub."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()  # of a model in several files
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="huggingface_hub")

@@ -32,7 +32,7 @@ from models.recipe.truths import TRUE, UNKNOWN
 
 IMAGE_SIZE = 64  # pixels
 EMBED_DIM = 128
-EXPOSURES = 500  # of each icon in the training, about
+EXPOSURES = 1_200  # of each icon in the training, about
 _RATE = 2e-3
 _IMAGE_WIDTHS = (32, 64, 128, 160)
 _TEXT_WIDTH, _TEXT_LAYERS, _TEXT_HEADS = 128, 2, 4
