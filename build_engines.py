@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="build_engines.py",
-        description="Build the bundle that the runtime serves from a Stable Diffusion 1.x or 2.x "
-        "model. What is there already and built from the same inputs is kept.",
+        description="Build the bundle that the runtime serves from a model of a supported family "
+        "(docs/families.md). What is there already and built from the same inputs is kept.",
         epilog="example: python build_engines.py --model models/emoji --output bundles/emoji "
         "--target rtx:sm86,sm89",
     )

@@ -41,8 +41,8 @@ class TextSpec:
     dim: int  # width of the token embeddings: what a concept's vectors must have
     output_dim: int  # width of prompt_embeds
     vocab_size: int
-    bos_token_id: int
-    eos_token_id: int
+    bos_token_id: int  # before a prompt; BERT calls it [CLS]
+    eos_token_id: int  # after a prompt; BERT calls it [SEP]
     pad_token_id: int
     embedding_fingerprint: str  # SHA-256 of the token-embedding table, float32, row-major
 
@@ -82,7 +82,7 @@ class Manifest:
     """`bundle.json`, field for field."""
 
     format_version: int
-    family: str  # "stable-diffusion" or "stable-diffusion-xl"; for people, nothing depends on it
+    family: str  # "stable-diffusion", "...-xl" or "latent-diffusion"; nothing depends on it
     model_name: str  # last part of the folder or the hub id
     precision: str  # "fp32" or "fp16": the dtype inside the graphs
     prediction_type: str  # "epsilon" or "v_prediction"

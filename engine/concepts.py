@@ -181,11 +181,13 @@ def check_fits(
         )
 
 
-# Widths of the token embeddings: CLIP ViT-L/14, OpenCLIP ViT-H/14, and ViT-L/14 with ViT-bigG/14.
+# Widths of the token embeddings: CLIP ViT-L/14, OpenCLIP ViT-H/14, ViT-L/14 with ViT-bigG/14, and
+# LDMBert.
 _FAMILIES: dict[tuple[int, ...], str] = {
     (768,): "Stable Diffusion 1.x",
     (1024,): "Stable Diffusion 2.x",
     (768, 1280): "SDXL",
+    (1280,): "latent diffusion",
 }
 
 

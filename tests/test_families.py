@@ -21,6 +21,7 @@ from engine.errors import BundleError, ConceptMismatch
 from engine.families import added_input_names, time_ids
 from engine.pipeline import ImageInFlight, Pipeline
 from engine.requests import GenerationRequest
+from tests.families import draw, grow, random_vectors
 from tests.tiny_model import XL_DIMS, XL_POOLED_DIM, make_tiny_model, make_tiny_xl_model
 from trainer.diffusion_loss import diffusion_loss
 from trainer.export import BuildReport, build_bundle
@@ -64,19 +65,6 @@ def pipeline(report: BuildReport) -> Pipeline:
 @pytest.fixture(scope="module")
 def concept(model: DiffusionModel) -> Concept:
     return as_concept(model, random_vectors(model, 2), placeholder_token="<new>")
-
-
-def random_vectors(model: DiffusionModel, num_vectors: int) -> Tensor:
-    """For both encoders side by side; long enough to be heard beside random weights."""
-    generator = torch.Generator().manual_seed(5)
-    return 0.6 * torch.randn((num_vectors, sum(model.dims)), generator=generator)
-
-
-def draw(pipeline: Pipeline, request: GenerationRequest) -> np.ndarray:
-    images = pipeline.begin(pipeline.plan(request))
-    while not images[0].is_done:
-        pipeline.step(images)
-    return pipeline.decode(images)[0] / 255.0
 
 
 # Both text encoders
@@ -157,16 +145,6 @@ def test_gradient_is_that_of_rows_added_to_both_vocabularies(
         scale = wanted.abs().max().item()
         assert scale > 0
         torch.testing.assert_close(part, wanted, rtol=1e-5, atol=1e-5 * scale)
-
-
-def grow(text_encoder: Any, tokenizer: Any, names: list[str], vectors: Tensor) -> Tensor:
-    """Add tokens to a vocabulary with these vectors; the table, which then wants a gradient."""
-    tokenizer.add_tokens(names)
-    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    table: Tensor = text_encoder.get_input_embeddings().weight
-    with torch.no_grad():
-        table[-len(names) :] = vectors
-    return table.requires_grad_(True)
 
 
 def test_the_prompt_encoder_pads_with_each_tokenizers_own_token(model: DiffusionModel) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.tiny_model import make_tiny_model
+from trainer.encoder_modules import ClipTextEncoder
 from trainer.model import DiffusionModel, load_model
-from trainer.text_encoder import TextEncoder
 
 # float32 through two layers; the two differ at most in how attention is masked.
 ATOL = 1e-5
@@ -59,7 +59,7 @@ def test_spliced_vectors_equal_a_vocabulary_that_has_grown(
     vectors = torch.randn(sum(counts), 24, generator=torch.Generator().manual_seed(1))
     input_ids, eos_index = ids_with_slots(model, "a cat", counts)
     inputs_embeds = torch.cat([model.token_embedding, vectors])[input_ids]
-    prompt_embeds, pooled = TextEncoder(model.text_encoder)(inputs_embeds, eos_index)
+    prompt_embeds, pooled = ClipTextEncoder(model.text_encoder)(inputs_embeds, eos_index)
     expected = grown(model, vectors)(input_ids)
     torch.testing.assert_close(prompt_embeds, expected.last_hidden_state, rtol=0.0, atol=ATOL)
     torch.testing.assert_close(pooled, expected.pooler_output, rtol=0.0, atol=ATOL)
@@ -69,7 +69,9 @@ def test_a_batch_is_pooled_at_each_rows_own_eos(model: DiffusionModel) -> None:
     texts = ["a photo of a cat", "the red dog in the morning", ""]
     ids = model.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     eos_index = (ids == model.tokenizer.eos_token_id).int().argmax(-1)
-    prompt_embeds, pooled = TextEncoder(model.text_encoder)(model.token_embedding[ids], eos_index)
+    prompt_embeds, pooled = ClipTextEncoder(model.text_encoder)(
+        model.token_embedding[ids], eos_index
+    )
     expected = model.text_encoder(ids)
     assert len(set(eos_index.tolist())) == 3
     torch.testing.assert_close(prompt_embeds, expected.last_hidden_state, rtol=0.0, atol=ATOL)
@@ -80,7 +82,7 @@ def test_pools_at_eos_where_transformers_takes_the_placeholder(sd1_model: Diffus
     vectors = torch.randn(2, 24, generator=torch.Generator().manual_seed(2))
     input_ids, eos_index = ids_with_slots(sd1_model, "a cat", [2])
     inputs_embeds = torch.cat([sd1_model.token_embedding, vectors])[input_ids]
-    prompt_embeds, pooled = TextEncoder(sd1_model.text_encoder)(inputs_embeds, eos_index)
+    prompt_embeds, pooled = ClipTextEncoder(sd1_model.text_encoder)(inputs_embeds, eos_index)
     reference = grown(sd1_model, vectors)(input_ids)
     placeholder = int(input_ids[0].argmax())  # the largest id, which once was EOS's
     assert input_ids[0, placeholder] >= len(sd1_model.tokenizer)
@@ -105,14 +107,14 @@ def test_projects_the_pooled_embedding_where_the_model_does() -> None:
     reference = CLIPTextModelWithProjection(config).eval()
     ids = torch.tensor([[48, 1, 2, 49, 49, 49, 49, 49, 49, 49]])
     embeds = reference.get_input_embeddings()(ids)
-    prompt_embeds, pooled = TextEncoder(reference)(embeds, torch.tensor([3]))
+    prompt_embeds, pooled = ClipTextEncoder(reference)(embeds, torch.tensor([3]))
     expected = reference(ids)
     torch.testing.assert_close(prompt_embeds, expected.last_hidden_state, rtol=0.0, atol=ATOL)
     torch.testing.assert_close(pooled, expected.text_embeds, rtol=0.0, atol=ATOL)
 
 
 def test_only_the_input_gets_a_gradient(model: DiffusionModel) -> None:
-    encoder = TextEncoder(copy.deepcopy(model.text_encoder).requires_grad_(True))
+    encoder = ClipTextEncoder(copy.deepcopy(model.text_encoder).requires_grad_(True))
     inputs_embeds = model.token_embedding[:20][None].clone().requires_grad_(True)
     prompt_embeds, _ = encoder(inputs_embeds, torch.tensor([5]))
     prompt_embeds[:, 7, 0].sum().backward()  # of all of them the sum is constant: a LayerNorm
@@ -125,8 +127,8 @@ def test_only_the_input_gets_a_gradient(model: DiffusionModel) -> None:
 
 def test_masks_without_infinities_in_half_precision(model: DiffusionModel) -> None:
     ids = model.tokenizer(["a photo of a cat"], padding="max_length", return_tensors="pt").input_ids
-    expected, _ = TextEncoder(model.text_encoder)(model.token_embedding[ids], torch.tensor([6]))
-    half = TextEncoder(copy.deepcopy(model.text_encoder)).half()
+    expected, _ = ClipTextEncoder(model.text_encoder)(model.token_embedding[ids], torch.tensor([6]))
+    half = ClipTextEncoder(copy.deepcopy(model.text_encoder)).half()
     assert bool(half.causal_mask.isfinite().all())
     found, _ = half(model.token_embedding[ids].half(), torch.tensor([6]))
     # float16 has 11 bits (5e-4); two layers of sums over 24 to 48 terms stay within ten of those.

@@ -1,11 +1,17 @@
 """Whole models of each family with random weights, made from configs in under a second."""
 
 from pathlib import Path
+from string import ascii_lowercase, digits, punctuation
 from typing import Any, Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
+    LDMBertConfig,
+    LDMBertModel,
+    LDMTextToImagePipeline,
+)
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
     StableDiffusionXLPipeline,
@@ -13,6 +19,7 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -21,6 +28,7 @@ from transformers import (
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 XL_DIMS, XL_POOLED_DIM, XL_TIME_DIM = (24, 28), 20, 8
+LDM_DIM = 20
 _MERGED_WORDS = ("a", "an", "of", "in", "the", "cat", "dog", "photo", "drawing", "red", "morning")
 
 
@@ -116,6 +124,60 @@ def make_tiny_xl_model(
     return path
 
 
+def make_tiny_ldm_model(
+    path: Path,
+    *,
+    seed: int = 0,
+    max_tokens: int = 77,
+    vae_channels: tuple[int, ...] = (8, 8, 8, 8),
+    force_upcast: bool = False,
+) -> Path:
+    """Save a diffusers folder that `LDMTextToImagePipeline.from_pretrained` loads; returns it.
+
+    77 positions and 8 pixels a latent, which that pipeline takes for granted. The attention of the
+    text encoder is narrower than its embeddings, as that of the real one, 8 x 64 of 1280.
+    """
+    tokenizer = make_bert_tokenizer(max_tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        bert = LDMBertModel(
+            LDMBertConfig(
+                vocab_size=len(tokenizer),
+                max_position_embeddings=max_tokens,
+                encoder_layers=2,
+                encoder_ffn_dim=2 * LDM_DIM,
+                encoder_attention_heads=2,
+                head_dim=6,
+                d_model=LDM_DIM,
+                init_std=0.2,  # so that words are heard beside positions after two layers
+            )
+        )
+        unet = make_tiny_unet((16, 24, 32), LDM_DIM, 4, 8)
+        _sharpen_attention(unet)
+        vae = make_tiny_vae(4, 0.3, force_upcast, channels=vae_channels)
+    make_pipeline: Any = LDMTextToImagePipeline
+    make_pipeline(
+        vqvae=vae,
+        bert=bert,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler("epsilon"),
+    ).save_pretrained(path)
+    return path
+
+
+def _sharpen_attention(unet: UNet2DConditionModel) -> None:
+    """Make one of 77 tokens count: random weights attend to all of them alike.
+
+    Sharper still, and float16 would not pass for rounding any more.
+    """
+    factors = {"to_q": 3, "to_k": 3, "to_v": 24}
+    for name, weight in unet.named_parameters():
+        for part, factor in factors.items():
+            if f"attn2.{part}." in name:
+                weight.data *= factor
+
+
 def text_config(
     tokenizer: Any, dim: int, *, sd1_eos_token_id: bool = False, **options: Any
 ) -> CLIPTextConfig:
@@ -167,13 +229,19 @@ def make_tiny_unet(
     )
 
 
-def make_tiny_vae(latent_channels: int, scaling_factor: float, force_upcast: bool) -> AutoencoderKL:
-    """An autoencoder of 2 pixels a latent, with attention in the middle as Stable Diffusion has."""
+def make_tiny_vae(
+    latent_channels: int,
+    scaling_factor: float,
+    force_upcast: bool,
+    *,
+    channels: tuple[int, ...] = (8, 16),
+) -> AutoencoderKL:
+    """An autoencoder of 2 pixels a latent, or another power of 2, with attention in the middle."""
     make: Any = AutoencoderKL  # its annotations allow one block only
     return make(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         latent_channels=latent_channels,
         layers_per_block=1,
         norm_num_groups=4,
@@ -199,3 +267,12 @@ def make_tokenizer(max_tokens: int) -> CLIPTokenizer:
     vocabulary = {token: index for index, token in enumerate([*tokens, BOS, EOS])}
     make: Any = CLIPTokenizer  # its annotation of merges refuses the pairs that it needs
     return make(vocab=vocabulary, merges=merges, model_max_length=max_tokens)
+
+
+def make_bert_tokenizer(max_tokens: int) -> BertTokenizer:
+    """BERT's lower-casing WordPiece tokenizer over a few words, and ASCII for all others."""
+    letters = ascii_lowercase + digits + punctuation
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    tokens = [*special, *_MERGED_WORDS, *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return BertTokenizer(vocab=vocabulary, model_max_length=max_tokens)

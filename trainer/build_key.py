@@ -21,14 +21,15 @@ SOURCES = (
     "engine/fingerprint.py",
     "engine/samplers.py",
     "trainer/build_key.py",
+    "trainer/encoder_modules.py",
     "trainer/export.py",
     "trainer/families.py",
+    "trainer/ldm_pipeline.py",
     "trainer/model.py",
     "trainer/onnx_graphs.py",
     "trainer/parity.py",
     "trainer/previews.py",
     "trainer/splicing.py",
-    "trainer/text_encoder.py",
 )
 
 

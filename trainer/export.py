@@ -136,6 +136,11 @@ def _prepare(
             f"the parity gate draws with ddim in {NUM_INFERENCE_STEPS} steps, "
             f"samplers are {', '.join(samplers)} of at most {max_steps} steps"
         )
+    if model.scheduler_config.get("clip_sample"):
+        raise ExportError(
+            f"{model.name}: the scheduler has clip_sample true: it bounds predicted latents by 1, "
+            "so its steps are no linear table; set clip_sample to false in scheduler_config.json"
+        )
     tables_key = samplers_key(model.scheduler_config, names=samplers, max_steps=max_steps)
     return BuildJob(
         model=model,

@@ -1,30 +1,29 @@
 """Families of diffusers models: the one place in the trainer that tells them apart.
 
-A family is described by data: which folders of a model hold its text encoders, which of their
-hidden states the denoiser reads, what else the denoiser takes, and which diffusers pipeline draws
-with it. The rest of the trainer loops over `DiffusionModel.encoders` and hands on `added_inputs`.
-docs/families.md tells how another family plugs in.
+A family is described by data: which folders of a model hold its text encoders and its autoencoder,
+which module makes hidden states of embeddings, what else the denoiser takes, and which diffusers
+pipeline draws with it. The rest of the trainer loops over `DiffusionModel.encoders` and hands on
+`added_inputs`. docs/families.md tells how another family plugs in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
-    StableDiffusionXLPipeline,
-)
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from jaxtyping import Float
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import BertTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from engine.bundle import TEXT_ENCODER_2
 from engine.families import time_ids
+from trainer.encoder_modules import ClipTextEncoder, LdmBertTextEncoder, TextEncoder
 
 SUPPORTED = (
-    "supported: Stable Diffusion 1.x and 2.x (one CLIP text encoder, UNet, AutoencoderKL) and "
-    "Stable Diffusion XL (two)"
+    "supported: Stable Diffusion 1.x and 2.x (one CLIP text encoder, UNet, AutoencoderKL), "
+    "Stable Diffusion XL (two) and text-to-image latent diffusion (LDMBertModel instead)"
 )
 _CLIP = {
     "CLIPTextModel": CLIPTextModel,
@@ -32,15 +31,25 @@ _CLIP = {
 }
 # Parts of other families' models, which no pipeline here would use.
 _FOREIGN_PARTS = (TEXT_ENCODER_2, "text_encoder_3", "transformer")
+# Why a class that a family's pipeline takes is refused here.
+_REASONS = {
+    "VQModel": "it encodes a picture as one point, learning wants a mean and a deviation",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncoderFolder:
+class EncoderSpec:
     """One text encoder of a family's models, and the tokenizer that goes with it."""
 
-    name: str  # of its folder, of its graph in a bundle and of its tensor in a concept
-    tokenizer: str  # folder of its tokenizer
+    name: str  # of its graph in a bundle and of its tensor in a concept
+    folder: str  # in a model; also what its pipeline calls it, as the next
     classes: Mapping[str, Any]  # by their names in model_index.json
+    module: Callable[[Any], TextEncoder]  # around one of these classes
+    tokenizer: str = "tokenizer"  # folder
+    tokenizer_class: Any = CLIPTokenizer
+    # What the tokenizer calls the tokens before and after a prompt.
+    bos: str = "bos_token_id"
+    eos: str = "eos_token_id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +57,13 @@ class Family:
     """What is a family's own."""
 
     name: str  # as the manifest has it
-    encoders: tuple[EncoderFolder, ...]  # the denoiser reads their outputs side by side
-    pipeline: Any  # the class of diffusers that draws with it
+    encoders: tuple[EncoderSpec, ...]  # the denoiser reads their outputs side by side
+    pipeline: Callable[[], Any]  # imports the class of diffusers that draws with it
     pipeline_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    penultimate: bool = False  # the denoiser reads hidden_states[-2], not the normed last ones
+    vae: str = "vae"  # folder
+    takes_negative_prompt: bool = True  # the pipeline does; the runtime in any case
+    # Properties of `DiffusionModel` that the pipeline has constants for.
+    fixed: Mapping[str, int] = field(default_factory=dict[str, int])
     addition_embed_type: str | None = None  # of the UNet's config: what it adds to the timestep
     zero_empty_negative: bool = False  # unless a model's force_zeros_for_empty_prompt says not
     # StableDiffusionPipeline sets steps_offset to 1 and clip_sample to false; others leave them.
@@ -78,11 +90,11 @@ class Family:
         """In words, what of a model (part -> class) is not as this family has it."""
         wanted: dict[str, Mapping[str, Any] | tuple[str, ...]] = {
             "unet": ("UNet2DConditionModel",),
-            "vae": ("AutoencoderKL",),
-            **{encoder.name: encoder.classes for encoder in self.encoders},
+            self.vae: ("AutoencoderKL",),
+            **{encoder.folder: encoder.classes for encoder in self.encoders},
         }
         wrong = [
-            f"{part} {found.get(part, 'is missing')}"
+            f"{part} {_named(found.get(part))}"
             for part, classes in wanted.items()
             if found.get(part) not in classes
         ]
@@ -90,10 +102,44 @@ class Family:
         return wrong + [f"{part} {found[part]}" for part in foreign]
 
 
+def _named(class_name: str | None) -> str:
+    """A class that a part should not have, with the reason where it is not obvious."""
+    if class_name is None:
+        return "is missing"
+    return f"{class_name}: {_REASONS[class_name]}" if class_name in _REASONS else class_name
+
+
+# Only the parity gate draws with them, and importing them takes seconds and prints advice.
+def _stable_diffusion_pipeline() -> Any:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+
+    return StableDiffusionPipeline
+
+
+def _stable_diffusion_xl_pipeline() -> Any:
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+        StableDiffusionXLPipeline,
+    )
+
+    return StableDiffusionXLPipeline
+
+
+def _ldm_pipeline() -> Any:
+    from trainer.ldm_pipeline import LDMConceptPipeline
+
+    return LDMConceptPipeline
+
+
 STABLE_DIFFUSION = Family(
     name="stable-diffusion",
-    encoders=(EncoderFolder(name="text_encoder", tokenizer="tokenizer", classes=_CLIP),),
-    pipeline=StableDiffusionPipeline,
+    encoders=(
+        EncoderSpec(
+            name="text_encoder", folder="text_encoder", classes=_CLIP, module=ClipTextEncoder
+        ),
+    ),
+    pipeline=_stable_diffusion_pipeline,
     pipeline_options={
         "safety_checker": None,
         "feature_extractor": None,
@@ -105,19 +151,44 @@ STABLE_DIFFUSION = Family(
 STABLE_DIFFUSION_XL = Family(
     name="stable-diffusion-xl",
     encoders=(
-        EncoderFolder(name="text_encoder", tokenizer="tokenizer", classes=_CLIP),
-        EncoderFolder(
+        EncoderSpec(
+            name="text_encoder",
+            folder="text_encoder",
+            classes=_CLIP,
+            module=partial(ClipTextEncoder, penultimate=True),
+        ),
+        EncoderSpec(
             name=TEXT_ENCODER_2,
-            tokenizer="tokenizer_2",
+            folder=TEXT_ENCODER_2,
             # Its projected pooled embedding is an input of the denoiser.
             classes={"CLIPTextModelWithProjection": CLIPTextModelWithProjection},
+            module=partial(ClipTextEncoder, penultimate=True),
+            tokenizer="tokenizer_2",
         ),
     ),
-    pipeline=StableDiffusionXLPipeline,
+    pipeline=_stable_diffusion_xl_pipeline,
     pipeline_options={"add_watermarker": False},
-    penultimate=True,
     addition_embed_type="text_time",
     zero_empty_negative=True,
+)
+# Rombach et al. 2022, arXiv 2112.10752, section 4.3; what Gal et al. 2022, arXiv 2208.01618, used.
+LATENT_DIFFUSION = Family(
+    name="latent-diffusion",
+    encoders=(
+        EncoderSpec(
+            name="text_encoder",
+            folder="bert",
+            classes={"LDMBertModel": LDMBertModel},
+            module=LdmBertTextEncoder,
+            tokenizer_class=BertTokenizer,
+            bos="cls_token_id",
+            eos="sep_token_id",
+        ),
+    ),
+    pipeline=_ldm_pipeline,
+    vae="vqvae",
+    takes_negative_prompt=False,
+    fixed={"max_tokens": 77, "scale_factor": 8},
 )
 
 
@@ -126,4 +197,7 @@ def family_of(found: Mapping[str, str]) -> Family:
 
     By its parts: the pipeline's class may be one for image-to-image, or somebody's own.
     """
-    return STABLE_DIFFUSION_XL if TEXT_ENCODER_2 in found else STABLE_DIFFUSION
+    for family in (STABLE_DIFFUSION_XL, LATENT_DIFFUSION):
+        if family.encoders[-1].folder in found:
+            return family
+    return STABLE_DIFFUSION

@@ -16,11 +16,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from jaxtyping import Float32
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from engine.errors import OneWordError
 from engine.families import NUM_TIME_IDS
-from trainer.families import SUPPORTED, EncoderFolder, Family, family_of
+from trainer.encoder_modules import TextEncoder
+from trainer.families import SUPPORTED, EncoderSpec, Family, family_of
 from trainer.messages import first_line
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -43,11 +44,29 @@ class ModelError(OneWordError):
 class Encoder:
     """One text encoder with its tokenizer, frozen and in eval mode."""
 
-    name: str  # "text_encoder" or "text_encoder_2"
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel | CLIPTextModelWithProjection
+    spec: EncoderSpec
+    tokenizer: PreTrainedTokenizerFast
+    text_encoder: Any  # of one of `spec.classes`
     token_embedding: Float32[Tensor, "vocab_size dim"]
-    tokenizer_folder: str = "tokenizer"
+
+    @property
+    def name(self) -> str:
+        """Of its graph in a bundle: "text_encoder", of a second one "text_encoder_2"."""
+        return self.spec.name
+
+    def module(self) -> TextEncoder:
+        """The text encoder as a function of embeddings."""
+        return self.spec.module(self.text_encoder)
+
+    @property
+    def bos_token_id(self) -> int:
+        """The token before a prompt: BOS, or [CLS]."""
+        return getattr(self.tokenizer, self.spec.bos)
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token after a prompt: EOS, or [SEP]."""
+        return getattr(self.tokenizer, self.spec.eos)
 
     @property
     def max_tokens(self) -> int:
@@ -73,12 +92,12 @@ class DiffusionModel:
     zero_empty_negative: bool = False  # an empty negative prompt is zeros (SDXL)
 
     @property
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """Of the first text encoder, as the next two."""
         return self.encoders[0].tokenizer
 
     @property
-    def text_encoder(self) -> CLIPTextModel | CLIPTextModelWithProjection:
+    def text_encoder(self) -> Any:
         return self.encoders[0].text_encoder
 
     @property
@@ -92,7 +111,7 @@ class DiffusionModel:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """All networks, by the names of their folders."""
+        """All networks, by what they are, whatever a family calls their folders."""
         encoders = {encoder.name: encoder.text_encoder for encoder in self.encoders}
         return {**encoders, "unet": self.unet, "vae": self.vae}
 
@@ -142,13 +161,12 @@ def load_model(
     def part(loader: Callable[..., _T], name: str, **options: Any) -> _T:
         return _load_part(loader, source, name, revision=revision, **options)
 
-    def encoder(folder: EncoderFolder) -> Encoder:
-        loader = folder.classes[str(_class_name(index, folder.name))].from_pretrained
-        text_encoder = part(loader, folder.name, dtype=torch.float32)
+    def encoder(spec: EncoderSpec) -> Encoder:
+        loader = spec.classes[str(_class_name(index, spec.folder))].from_pretrained
+        text_encoder = part(loader, spec.folder, dtype=torch.float32)
         return Encoder(
-            name=folder.name,
-            tokenizer=_load_tokenizer(source, revision, folder.tokenizer),
-            tokenizer_folder=folder.tokenizer,
+            spec=spec,
+            tokenizer=_load_tokenizer(source, revision, spec),
             token_embedding=text_encoder.get_input_embeddings().weight.detach().clone(),
             text_encoder=text_encoder.to(dtype).requires_grad_(False).eval(),
         )
@@ -156,11 +174,11 @@ def load_model(
     loaded = DiffusionModel(
         name=Path(source).name,
         family=family,
-        encoders=tuple(encoder(folder) for folder in family.encoders),
+        encoders=tuple(encoder(spec) for spec in family.encoders),
         unet=part(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=dtype)
         .requires_grad_(False)
         .eval(),
-        vae=part(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype)
+        vae=part(AutoencoderKL.from_pretrained, family.vae, torch_dtype=dtype)
         .requires_grad_(False)
         .eval(),
         scheduler_config=scheduler_config,
@@ -254,7 +272,7 @@ def _check_unet(source: str, revision: str | None, family: Family) -> None:
     if extra:
         raise ModelError(f"{source}: the UNet has {', '.join(extra)}; {SUPPORTED}")
     channels = (unet.get("in_channels"), unet.get("out_channels"))
-    vae = _load_config(AutoencoderKL, source, revision, subfolder="vae")
+    vae = _load_config(AutoencoderKL, source, revision, subfolder=family.vae)
     if channels != (vae.get("latent_channels"),) * 2:
         raise ModelError(
             f"{source}: the UNet takes {channels[0]} channels and gives {channels[1]}, the VAE's "
@@ -294,12 +312,14 @@ def _scheduler_config(
     return config
 
 
-def _load_tokenizer(source: str, revision: str | None, folder: str) -> CLIPTokenizer:
-    options: dict[str, Any] = {"subfolder": folder, "revision": revision}
+def _load_tokenizer(
+    source: str, revision: str | None, spec: EncoderSpec
+) -> PreTrainedTokenizerFast:
+    options: dict[str, Any] = {"subfolder": spec.tokenizer, "revision": revision}
     try:
-        return CLIPTokenizer.from_pretrained(source, **options)
+        return spec.tokenizer_class.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise ModelError(f"{source}: cannot read the {folder}: {_reason(error)}") from error
+        raise ModelError(f"{source}: cannot read the {spec.tokenizer}: {_reason(error)}") from error
 
 
 def _load_part(loader: Callable[..., _T], source: str, name: str, **options: Any) -> _T:
@@ -312,7 +332,8 @@ def _load_part(loader: Callable[..., _T], source: str, name: str, **options: Any
             failures.append(error)
     raise ModelError(
         f"{source}: cannot read the weights of {name}: {_reason(failures[0])} "
-        "(only .safetensors files are read)"
+        "(only .safetensors files are read; `DiffusionPipeline.from_pretrained(MODEL)"
+        ".save_pretrained(FOLDER)` of diffusers writes them)"
     ) from failures[0]
 
 
@@ -322,8 +343,8 @@ def _check_fit(model: DiffusionModel) -> None:
         rows = len(encoder.token_embedding)
         if len(encoder.tokenizer) != rows:
             raise ModelError(
-                f"{model.name}: the {encoder.tokenizer_folder} has {len(encoder.tokenizer)} "
-                f"tokens, the embedding of the {encoder.name} has {rows} rows"
+                f"{model.name}: the {encoder.spec.tokenizer} has {len(encoder.tokenizer)} "
+                f"tokens, the embedding of the {encoder.spec.folder} has {rows} rows"
             )
     lengths = [encoder.max_tokens for encoder in model.encoders]
     if len(set(lengths)) > 1:
@@ -339,6 +360,13 @@ def _check_fit(model: DiffusionModel) -> None:
         )
     if model.family.has_added_inputs:
         _check_added_inputs(model)
+    for name, value in model.family.fixed.items():
+        if (found := getattr(model, name)) != value:
+            raise ModelError(
+                f"{model.name}: {name} is {found}, the diffusers pipeline of {model.family.name} "
+                f"models has {value} built in, and a bundle is measured against it; "
+                f"use a model that has {value}"
+            )
 
 
 def _check_added_inputs(model: DiffusionModel) -> None:

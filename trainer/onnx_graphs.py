@@ -26,7 +26,6 @@ from engine.bundle import ComponentSpec, TensorSpec
 from engine.errors import OneWordError
 from engine.families import NUM_TIME_IDS
 from trainer.model import DiffusionModel, Encoder
-from trainer.text_encoder import TextEncoder
 
 OPSET_VERSION = 18
 # Far below protobuf's limit of 2 GB: loading a large protobuf costs its size in memory once more.
@@ -157,10 +156,7 @@ def graphs_of(model: DiffusionModel) -> list[Graph]:
     """The graphs of a model, around its own modules."""
     channels = int(model.unet.config["in_channels"])
     tokens = model.max_tokens
-    text_encoders = [
-        _text_encoder_graph(encoder, penultimate=model.family.penultimate)
-        for encoder in model.encoders
-    ]
+    text_encoders = [_text_encoder_graph(encoder) for encoder in model.encoders]
     multiple = size_multiple(model.unet)
     scaling = (model.scaling_factor, model.shift_factor)
     latents = ("batch", channels, "height", "width")
@@ -190,15 +186,14 @@ def graphs_of(model: DiffusionModel) -> list[Graph]:
     ]
 
 
-def _text_encoder_graph(encoder: Encoder, *, penultimate: bool) -> Graph:
-    module = TextEncoder(encoder.text_encoder, penultimate=penultimate)
+def _text_encoder_graph(encoder: Encoder) -> Graph:
+    module = encoder.module()
     tokens, dim = encoder.max_tokens, encoder.dim
-    pooled = getattr(module.text_projection, "out_features", dim)
     return Graph(
         name=encoder.name,
         module=module,
         inputs={"inputs_embeds": ("batch", tokens, dim), "eos_index": ("batch",)},
-        outputs={"prompt_embeds": ("batch", tokens, dim), "pooled": ("batch", pooled)},
+        outputs={"prompt_embeds": ("batch", tokens, dim), "pooled": ("batch", module.pooled_dim)},
         size_multiple=1,
         max_tokens=tokens,
     )

@@ -137,7 +137,7 @@ def image_psnr_db(bundle: Bundle, sessions: dict[str, Session], model: Diffusion
     concept = _random_concept(model)
     request = GenerationRequest(
         prompt=f"a photo of {PLACEHOLDER_TOKEN}, in the morning",
-        negative_prompt="a drawing",
+        negative_prompt="a drawing" if model.family.takes_negative_prompt else "",
         concepts=(concept,),
         height=2 * spec.size_multiple,
         width=3 * spec.size_multiple,
@@ -183,13 +183,13 @@ def diffusers_pipeline(model: DiffusionModel) -> Any:
         text_encoder = copy.deepcopy(encoder.text_encoder)
         core: Any = getattr(text_encoder, "text_model", text_encoder)
         # Where a config has 2 here, transformers pools at the largest id: at a concept, not at EOS.
-        core.eos_token_id = encoder.tokenizer.eos_token_id
-        options[encoder.name] = text_encoder
-        options[encoder.tokenizer_folder] = copy.deepcopy(encoder.tokenizer)
+        core.eos_token_id = encoder.eos_token_id
+        options[encoder.spec.folder] = text_encoder
+        options[encoder.spec.tokenizer] = copy.deepcopy(encoder.tokenizer)
     if model.family.zero_empty_negative:
         options["force_zeros_for_empty_prompt"] = model.zero_empty_negative
-    pipeline = model.family.pipeline(
-        vae=model.vae,
+    options[model.family.vae] = model.vae
+    pipeline = model.family.pipeline()(
         unet=model.unet,
         scheduler=DDIMScheduler.from_config(model.scheduler_config),
         **options,
@@ -203,8 +203,8 @@ def load_concept(pipeline: Any, model: DiffusionModel, concept: Concept) -> None
     for encoder, vectors in zip(model.encoders, concept.encoders, strict=True):
         pipeline.load_textual_inversion(
             {concept.placeholder_token: torch.from_numpy(vectors.copy())},
-            text_encoder=getattr(pipeline, encoder.name),
-            tokenizer=getattr(pipeline, encoder.tokenizer_folder),
+            text_encoder=getattr(pipeline, encoder.spec.folder),
+            tokenizer=getattr(pipeline, encoder.spec.tokenizer),
         )
 
 

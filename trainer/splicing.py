@@ -23,17 +23,18 @@ _STAND_IN = "<concept>"
 
 def text_spec(model: DiffusionModel | Encoder) -> TextSpec:
     """What the engine's prompt reader must know of a text encoder; of a model's, the first."""
-    vocab_size, dim = model.token_embedding.shape
-    tokenizer: Any = model.tokenizer  # annotated for lists of tokens as well
+    encoder = model.encoders[0] if isinstance(model, DiffusionModel) else model
+    vocab_size, dim = encoder.token_embedding.shape
+    tokenizer: Any = encoder.tokenizer  # annotated for lists of tokens as well
     return TextSpec(
-        max_tokens=model.max_tokens,
+        max_tokens=encoder.max_tokens,
         dim=dim,
-        output_dim=int(model.text_encoder.config.hidden_size),
+        output_dim=int(encoder.text_encoder.config.hidden_size),
         vocab_size=vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=encoder.bos_token_id,
+        eos_token_id=encoder.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        embedding_fingerprint=embedding_fingerprint(model.token_embedding.cpu().numpy()),
+        embedding_fingerprint=embedding_fingerprint(encoder.token_embedding.cpu().numpy()),
     )
 
 
