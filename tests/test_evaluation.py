@@ -307,6 +307,13 @@ def test_masks_take_the_background_away(folder: Path) -> None:
     assert (without[:, half:] == GREY).all()
 
 
+def test_captions_with_any_word_do_not_keep_an_image_from_being_judged(folder: Path) -> None:
+    name = read_training_pictures(folder, size=SIZE).names[0]
+    (folder / Path(name).with_suffix(".txt")).write_text("a photo of <some-word> on a table\n")
+    training = read_training_pictures(folder, size=SIZE)
+    assert len(training.pictures) == 2 and not training.skipped
+
+
 def test_subjects_that_cannot_be_read_are_refused(folder: Path, tmp_path: Path) -> None:
     one = str(_file(tmp_path, _concept()))
     with pytest.raises(EvaluationError, match="--images is given 2 times for 3 concepts"):

@@ -23,9 +23,11 @@ from engine.files import sha256_of_file
 from tests.tiny_model import make_tiny_model
 from trainer import cli
 from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
-from trainer.learning import LearnOptions, LearnState, learn
+from trainer.learning import learn
 from trainer.model import load_model
 from trainer.objective import Objective
+from trainer.options import LearnOptions
+from trainer.run import LearnState
 from trainer.sampling import sample_images
 from trainer.splicing import text_spec
 
@@ -89,6 +91,77 @@ def test_concept_file_holds_the_best_vectors_and_how_they_came_to_be(
     assert "2 images, 16 x 16 pixels: 0.png, 1.png" in printed
     assert "skipped notes.txt: not an image" in printed
     assert f"evaluation loss {initial:.4f} -> " in printed
+
+
+def test_masks_and_captions_are_used_and_reported(
+    model_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = np.zeros((40, 40), np.uint8)
+    mask[:20] = 255
+    Image.fromarray(mask).save(folder / "0.mask.png")
+    (folder / "1.txt").write_text("a photo of <cat> in the morning\nred {}\n")
+    arguments = _arguments(model_path, folder)
+    assert cli.run(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "learned only where their masks are: 0.png" in printed
+    assert "1.png: its captions (2) instead of the templates" in printed
+    with_both = read_concept(arguments.output).concept_id
+    (folder / "0.mask.png").unlink()
+    assert cli.run(arguments) == 0
+    without_mask = read_concept(arguments.output).concept_id
+    (folder / "1.txt").unlink()
+    assert cli.run(arguments) == 0
+    assert len({with_both, without_mask, read_concept(arguments.output).concept_id}) == 3
+    plain = capsys.readouterr().out.split("2 images")[-1]
+    assert "learned only" not in plain and "its captions" not in plain
+
+
+@pytest.mark.parametrize("changed", ["mask", "caption"])
+def test_resume_with_another_mask_or_caption_is_refused(
+    model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "learn", _Interrupted(2, KeyboardInterrupt()))
+        cli.run(_arguments(model_path, folder))
+    if changed == "mask":
+        Image.fromarray(np.full((40, 40), 200, np.uint8)).save(folder / "0.mask.png")
+    else:
+        (folder / "0.txt").write_text("red {}")
+    with pytest.raises(CheckpointError, match=f"the {changed}s differ; use the same"):
+        cli.run(_arguments(model_path, folder, "--resume"))
+
+
+def test_searched_initializer_is_reported_and_stored(
+    model_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--initializer-token", "auto", "--initializer-candidates", "red cat, dog,cat"]
+    arguments = _arguments(model_path, folder, *more, "--optimizer", "dti")
+    assert cli.run(arguments) == 0
+    metadata = read_concept(arguments.output).metadata
+    losses = json.loads(metadata["initializer_losses"])
+    assert set(losses) == {"red cat", "dog", "cat"}
+    best = metadata["initializer_token"]
+    assert losses[best] == min(losses.values()) and list(losses)[0] == best
+    assert json.loads(metadata["initializer_candidates"]) == ["red cat", "dog", "cat"]
+    assert float(metadata["initial_evaluation_loss"]) == pytest.approx(losses[best], abs=1e-5)
+    assert (metadata["optimizer"], metadata["learning_rate"]) == ("dti", "0.04")
+    words = ", ".join(f"{word} {loss:.4f}" for word, loss in losses.items())
+    assert f"(with their evaluation losses): {words}\n" in capsys.readouterr().out
+
+
+def test_run_that_was_rolled_back_says_so_and_goes_on(
+    model_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    losses = iter([1.0, 0.9, float("nan"), 0.8, 0.7])
+    monkeypatch.setattr(Objective, "evaluate", lambda *_, **__: next(losses))
+    assert cli.run(_arguments(model_path, folder)) == 0
+    printed = capsys.readouterr()
+    assert "back at step 2, learning rate halved (1 times so far)" in printed.err
+    assert "1.0000 -> 0.7000 (step 6 of 6)" in printed.out
+    assert "nan" not in printed.err
 
 
 class _Interrupted:
@@ -265,6 +338,7 @@ def test_checkpoints_and_previews_come_when_due(
     ("more", "message"),
     [
         (["--steps", "0"], "steps must be at least 1"),
+        (["--initializer-candidates", "cat"], "initializer_token must be 'auto'"),
         (["--model", "/nowhere"], "no such folder"),
         (["--num-vectors", "1000000000"], "num_vectors=1000000000 .* at most"),
         (["--device", "abacus"], "cannot use --device abacus"),
@@ -282,6 +356,14 @@ def test_what_cannot_work_is_said_in_one_line(
     with pytest.raises(OneWordError, match=message) as caught:
         cli.run(_arguments(model_path, folder, *more))
     assert "\n" not in str(caught.value)
+
+
+def test_candidates_must_be_words(
+    model_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _arguments(model_path, folder, "--initializer-candidates", " ,")
+    assert "' ,' has no candidate; give words" in capsys.readouterr().err
 
 
 def test_placeholder_that_prompts_cannot_hold_is_refused_before_learning(

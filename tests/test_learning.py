@@ -28,17 +28,19 @@ from trainer.diffusion_loss import (
     add_noise,
     diffusion_loss,
     prediction_target,
-    stratified_timesteps,
 )
 from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
 from trainer.images import TrainingImages
 from trainer.initializer import initial_vectors, word_norm
 from trainer.latents import LatentDistribution
-from trainer.learning import LearnOptions, LearnState, learn
+from trainer.learning import learn
 from trainer.model import DiffusionModel, load_model
 from trainer.objective import Objective
+from trainer.options import LearnOptions
+from trainer.run import MAX_ROLLBACKS, LearnState
 from trainer.splicing import TemplatePrompts, plain_tokenizer, text_spec
 from trainer.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES, templates_for
+from trainer.timesteps import stratified_timesteps
 
 SIZE = 16
 OPTIONS = LearnOptions(steps=6, batch_size=2, eval_every=3)
@@ -289,12 +291,18 @@ def _row(model: DiffusionModel, word: str) -> Tensor:
 
 
 @pytest.mark.parametrize("word", ["cat", "dog", "red", "morning"])
-def test_one_word_starts_as_that_word_no_longer_than_usual(
-    model: DiffusionModel, word: str
+def test_one_word_starts_as_that_word(model: DiffusionModel, word: str) -> None:
+    torch.testing.assert_close(_initial(model, word, 1)[0], _row(model, word), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("word", ["cat", "dog", "red", "morning"])
+def test_learning_starts_no_longer_than_a_word_usually_is(
+    model: DiffusionModel, images: TrainingImages, word: str
 ) -> None:
+    options = dataclasses.replace(OPTIONS, initializer_token=word)
     row = _row(model, word)
     expected = row * min(1.0, word_norm(model) / row.norm().item())
-    torch.testing.assert_close(_initial(model, word, 1)[0], expected)
+    torch.testing.assert_close(next(learn(model, images, options)).vectors[0], expected)
 
 
 def test_length_of_a_word_is_the_median_over_the_words_of_templates(model: DiffusionModel) -> None:
@@ -341,7 +349,7 @@ def test_step_is_adam_then_no_longer_than_a_word(
     latents = LatentDistribution.encode(model, images.pixels)
     objective = Objective.of(model, latents, TemplatePrompts.lay_out(model, OBJECT_TEMPLATES, 1))
     parameter = states[0].vectors.clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([parameter], lr=OPTIONS.learning_rate)
+    optimizer = torch.optim.Adam([parameter], lr=OPTIONS.rate)
     lr_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, OPTIONS.steps)
     generator = torch.Generator()
     generator.set_state(states[0].rng_state)
@@ -423,21 +431,61 @@ def test_best_vectors_are_those_of_the_lowest_evaluation(
     assert torch.equal(states[-1].best_vectors, states[best_step].vectors)
 
 
-def test_nan_is_an_error_with_step_rate_and_remedy(
-    own_model: DiffusionModel, images: TrainingImages
-) -> None:
-    states = learn(own_model, images, OPTIONS)
-    good = [next(states) for _ in range(3)][-1]
-    with torch.no_grad():
-        own_model.unet.conv_out.weight.fill_(math.nan)
-    with pytest.raises(Diverged, match=r"step 3: loss nan.*learning rate 0\.00.*lower"):
-        next(states)
-    assert good.step == 2 and good.vectors.isfinite().all()
-
-
 def _break(model: DiffusionModel) -> None:
     with torch.no_grad():
         model.unet.conv_out.weight.fill_(math.nan)
+
+
+def test_nan_rolls_back_with_half_the_rate_and_in_the_end_is_an_error(
+    own_model: DiffusionModel, images: TrainingImages
+) -> None:
+    states = learn(own_model, images, OPTIONS)
+    good = [next(states) for _ in range(6)]  # evaluated at steps 0 and 3
+    _break(own_model)
+    draws = [good[-1].rng_state]
+    for count in range(1, MAX_ROLLBACKS + 1):
+        state = next(states)
+        assert state.rolled_back and (state.step, state.rollbacks) == (3, count)
+        for name in ("vectors", "first_moment", "second_moment", "best_vectors"):
+            assert torch.equal(getattr(state, name), getattr(good[3], name))
+        assert state.evaluation_losses == good[3].evaluation_losses
+        assert not any(torch.equal(state.rng_state, earlier) for earlier in draws)
+        draws.append(state.rng_state)
+    # The rate of the fourth of six steps along half a cosine, a half, three times halved.
+    with pytest.raises(
+        Diverged, match=r"step 4: loss nan.*rate 0\.000188, halved 3 times already; lower"
+    ):
+        next(states)
+
+
+def test_a_run_that_was_rolled_back_goes_on_at_half_the_rate(
+    own_model: DiffusionModel,
+    images: TrainingImages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = dataclasses.replace(OPTIONS, steps=5, eval_every=2)
+    identity = _identity(own_model, images, options)
+    undisturbed = list(learn(own_model, images, options))
+    states = learn(own_model, images, options)
+    for _ in range(4):
+        next(states)
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "evaluate", lambda *_, **__: math.inf)
+        back = next(states)
+    assert back.rolled_back and back.step == 2
+    write_checkpoint(tmp_path / "checkpoint", back, identity)
+    rest = list(states)
+    assert [state.step for state in rest] == [3, 4, 5] and rest[-1].rollbacks == 1
+    # Adam's step does not depend on the gradient's length: it is half as long, about.
+    lengths = [
+        (after.vectors - undisturbed[2].vectors).norm() for after in (rest[0], undisturbed[3])
+    ]
+    assert float(lengths[0] / lengths[1]) == pytest.approx(0.5, rel=0.2)
+    read = read_checkpoint(tmp_path / "checkpoint", identity)
+    assert read.rolled_back
+    resumed = list(learn(own_model, images, options, resume_from=read))
+    assert torch.equal(resumed[-1].vectors, rest[-1].vectors)
 
 
 def test_evaluation_that_is_nan_is_an_error_before_the_first_step(
@@ -448,15 +496,18 @@ def test_evaluation_that_is_nan_is_an_error_before_the_first_step(
         next(learn(own_model, images, OPTIONS))
 
 
-def test_evaluation_that_is_nan_is_an_error_and_never_the_best(
-    own_model: DiffusionModel, images: TrainingImages, monkeypatch: pytest.MonkeyPatch
+def test_evaluation_that_stays_nan_is_an_error_and_never_the_best(
+    model: DiffusionModel, images: TrainingImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states = learn(own_model, images, OPTIONS)
-    good = [next(states) for _ in range(3)][-1]
+    states = learn(model, images, OPTIONS)
+    first = next(states)
     monkeypatch.setattr(Objective, "evaluate", lambda *_, **__: math.nan)
-    with pytest.raises(Diverged, match=r"step 3: evaluation loss nan.*learning rate 0\.00.*lower"):
-        next(states)
-    assert math.isfinite(good.best_evaluation_loss)
+    seen: list[LearnState] = []
+    with pytest.raises(Diverged, match=r"step 3: evaluation loss nan.*learning rate 0\.0"):
+        for state in states:
+            seen.append(state)
+    assert [state.step for state in seen] == [1, 2, 0] * MAX_ROLLBACKS + [1, 2]
+    assert all(state.evaluation_losses == first.evaluation_losses for state in seen)
 
 
 def test_every_image_is_evaluated(model: DiffusionModel) -> None:
@@ -494,11 +545,31 @@ def test_gradient_that_stays_zero_is_an_error(
         ("learning_rate", 2.0),
         ("seed", -1),
         ("learnable_property", "colour"),
+        ("optimizer", "sgd"),
+        ("stop", "never"),
+        ("timestep_focus", 1.5),
+        ("timestep_focus", math.nan),
+        ("initializer_candidates", ("x",) * 513),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    searched = {"initializer_token": "auto"} if name == "initializer_candidates" else {}
     with pytest.raises(LearningError, match=f"{name} must be"):
-        LearnOptions(**{name: value})
+        LearnOptions(**searched, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"antithetic": True, "batch_size": 1}, "batch_size must be at least 2, got 1"),
+        ({"initializer_candidates": ("cat",)}, "initializer_token must be 'auto', got None"),
+        ({"stop": "dvar", "stop_window": 1}, "window must hold at least 2 evaluations, got 1"),
+        ({"stop": "dvar", "stop_threshold": 1.0}, "threshold must be .* below 1, got 1.0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(LearningError, match=message):
+        LearnOptions(**options)
 
 
 def test_largest_options_are_allowed() -> None:
@@ -550,6 +621,12 @@ def test_checkpoint_of_another_run_is_refused_and_says_what_differs(
     others = {
         "seed is 7, it was 0": dataclasses.replace(identity, options=seven),
         r"images differ \(1 now, 3 then\)": dataclasses.replace(identity, images=("f" * 64,)),
+        "the masks differ": _identity(
+            model, dataclasses.replace(images, masks=torch.ones(3, 1, SIZE, SIZE)), OPTIONS
+        ),
+        "the captions differ": _identity(
+            model, dataclasses.replace(images, captions=((), ("a {}",), ())), OPTIONS
+        ),
         "placeholder_token is '<dog>', it was '<cat>'": dataclasses.replace(
             identity, placeholder_token="<dog>"
         ),

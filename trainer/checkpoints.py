@@ -17,11 +17,23 @@ from torch import Tensor
 from engine.files import write_atomically
 from trainer.errors import CheckpointError
 from trainer.images import TrainingImages
-from trainer.learning import LearnOptions, LearnState
+from trainer.initializer_search import RankedWord
 from trainer.model import DiffusionModel, Encoder
+from trainer.options import LearnOptions
+from trainer.run import LearnState
 
-FORMAT = "oneword-checkpoint/2"
-_TENSORS = ("vectors", "first_moment", "second_moment", "best_vectors", "rng_state")
+FORMAT = "oneword-checkpoint/3"
+_TENSORS = (
+    "vectors",
+    "first_moment",
+    "second_moment",
+    "initial_vectors",
+    "best_vectors",
+    "good_vectors",
+    "good_first_moment",
+    "good_second_moment",
+    "rng_state",
+)
 _SCALARS = tuple(
     field.name for field in dataclasses.fields(LearnState) if field.name not in _TENSORS
 )
@@ -34,6 +46,8 @@ class RunIdentity:
     options: Mapping[str, Any]  # fields of LearnOptions
     placeholder_token: str  # of the concept that the run ends in
     images: tuple[str, ...]  # SHA-256 of the files, in order
+    masks: str  # SHA-256 of the masks as they are used; "" without any
+    captions: str  # SHA-256 of the captions; "" without any
     model: str  # `model_fingerprint`
 
     @classmethod
@@ -46,9 +60,11 @@ class RunIdentity:
         placeholder_token: str,
     ) -> Self:
         return cls(
-            options=dataclasses.asdict(options),
+            options=json.loads(json.dumps(dataclasses.asdict(options))),  # as it will be read
             placeholder_token=placeholder_token,
             images=images.sha256,
+            masks="" if images.masks is None else _digest(images.masks.numpy().tobytes()),
+            captions=_digest(json.dumps(images.captions).encode()) if images.captions else "",
             model=model_fingerprint(model),
         )
 
@@ -63,9 +79,17 @@ class RunIdentity:
         ]
         if self.images != other.images:
             found.append(f"the images differ ({len(self.images)} now, {len(other.images)} then)")
+        if self.masks != other.masks:
+            found.append("the masks differ")
+        if self.captions != other.captions:
+            found.append("the captions differ")
         if self.model != other.model:
             found.append("the model is another one")
         return found
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def model_fingerprint(model: DiffusionModel) -> str:
@@ -144,11 +168,13 @@ def _parse(content: bytes, path: Path) -> tuple[LearnState, RunIdentity]:
                 "and start anew without --resume"
             )
         identity = json.loads(metadata["identity"])
-        state = LearnState(**_checked(tensors), **json.loads(metadata["state"]))
+        state = LearnState(**_checked(tensors), **_scalars(metadata["state"]))
         return state, RunIdentity(
             options=identity["options"],
             placeholder_token=identity["placeholder_token"],
             images=tuple(identity["images"]),
+            masks=identity["masks"],
+            captions=identity["captions"],
             model=identity["model"],
         )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -156,6 +182,16 @@ def _parse(content: bytes, path: Path) -> tuple[LearnState, RunIdentity]:
             f"{path} is not a checkpoint or is damaged ({error}); delete it and start anew "
             "without --resume"
         ) from error
+
+
+def _scalars(text: str) -> dict[str, Any]:
+    """What JSON has as lists is tuples in a state."""
+    scalars = json.loads(text)
+    return {
+        **scalars,
+        "evaluation_losses": tuple(scalars["evaluation_losses"]),
+        "initializers": tuple(RankedWord(*ranked) for ranked in scalars["initializers"]),
+    }
 
 
 def _checked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

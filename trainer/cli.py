@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import json
+import math
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,14 +22,17 @@ from engine.printing import printable
 from trainer.checkpoints import RunIdentity, read_checkpoint, write_checkpoint
 from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
 from trainer.images import TrainingImages, read_images
-from trainer.learning import LearnOptions, LearnState, learn
+from trainer.initializer_search import RankedWord
+from trainer.learn_arguments import add_learn_options
+from trainer.learning import learn
 from trainer.model import DiffusionModel, load_model
+from trainer.options import LearnOptions
 from trainer.quiet import quiet_libraries
+from trainer.run import LearnState
 from trainer.sampling import image_size, png_bytes, sample_images, side_by_side
 from trainer.splicing import as_concept
 from trainer.terminal import Terminated, sigterm_raises
 
-_DEFAULTS = LearnOptions()
 _INTERRUPTED = 130  # the shell's exit codes: Ctrl-C,
 _TERMINATED = 143  # and SIGTERM
 
@@ -40,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="diffusers folder or hub id")
     parser.add_argument("--revision", help="revision of a hub id")
     parser.add_argument("--output", type=Path, required=True, help="concept file to write")
-    _add_learn_options(parser)
+    add_learn_options(parser)
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT.checkpoint")
     parser.add_argument(
         "--checkpoint-every", type=_positive, default=100, metavar="N", help="steps (%(default)s)"
@@ -50,34 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="PyTorch device (%(default)s)")
-
-
-def _add_learn_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--initializer-token",
-        metavar="TEXT",
-        help="a word or phrase close to the images (the mean of the vocabulary)",
-    )
-    parser.add_argument(
-        "--learnable-property",
-        choices=("object", "style"),
-        default=_DEFAULTS.learnable_property,
-        help="what the images share (%(default)s)",
-    )
-    parser.add_argument(
-        "--learning-rate", type=float, default=_DEFAULTS.learning_rate, help="(%(default)s)"
-    )
-    for name, what in (
-        ("num-vectors", "length of the new word in tokens"),
-        ("steps", "steps to learn"),
-        ("batch-size", "samples in a step"),
-        ("seed", "of all random draws"),
-        ("eval-every", "steps between two evaluations on fixed noise"),
-    ):
-        default = getattr(_DEFAULTS, name.replace("-", "_"))
-        parser.add_argument(
-            f"--{name}", type=int, metavar="N", default=default, help=f"{what} (%(default)s)"
-        )
 
 
 def _positive(text: str) -> int:
@@ -178,7 +155,12 @@ class _Job:
     def _attend(self, state: LearnState, bar: "tqdm[NoReturn]") -> None:
         """What happens to a state: progress bar, preview, checkpoint."""
         bar.update(state.step - bar.n)
-        loss = {"loss": f"{state.loss:.4f}"} if state.step else {}  # before step 1 there is none
+        if state.rolled_back:
+            _report_rollback(state)
+        elif state.step == 0 and state.initializers:
+            _report_initializers(state.initializers)
+        # Before step 1 there is none, nor where the run was rolled back.
+        loss = {} if math.isnan(state.loss) else {"loss": f"{state.loss:.4f}"}
         bar.set_postfix(loss, best=f"{state.best_evaluation_loss:.4f}")
         every = self.arguments.preview_every
         if every and state.step % every == 0:
@@ -227,10 +209,16 @@ def concept_metadata(
 ) -> dict[str, str]:
     """How a concept came to be, as written into its file."""
     given = {
-        name: str(value) for name, value in dataclasses.asdict(options).items() if value is not None
+        name: str(value)
+        for name, value in dataclasses.asdict(options).items()
+        if value is not None and not isinstance(value, tuple)
     }
+    if options.initializer_candidates:
+        given["initializer_candidates"] = json.dumps(options.initializer_candidates)
     return {
         **given,
+        "learning_rate": str(options.rate),
+        **_searched(state),
         "best_step": str(state.best_step),  # whose vectors these are: the best evaluated
         "initial_evaluation_loss": f"{state.initial_evaluation_loss:.6f}",
         "final_evaluation_loss": f"{state.best_evaluation_loss:.6f}",
@@ -241,11 +229,34 @@ def concept_metadata(
     }
 
 
+def _searched(state: LearnState) -> dict[str, str]:
+    """What a search for the initializer found: the word, and all that were compared with it."""
+    if not state.initializers:
+        return {}
+    return {
+        "initializer_token": state.initializers[0].word,
+        "initializer_losses": json.dumps(dict(state.initializers)),
+    }
+
+
 def _version() -> str:
     try:
         return f"oneword {version('oneword')}"
     except PackageNotFoundError:  # run from a source tree that is not installed
         return "oneword (not installed)"
+
+
+def _report_initializers(initializers: Sequence[RankedWord]) -> None:
+    words = ", ".join(f"{printable(word)} {loss:.4f}" for word, loss in initializers)
+    tqdm.write(f"starts from the first of these words (with their evaluation losses): {words}")
+
+
+def _report_rollback(state: LearnState) -> None:
+    tqdm.write(
+        f"a loss was not a number: back at step {state.step}, learning rate halved "
+        f"({state.rollbacks} times so far)",
+        file=sys.stderr,
+    )
 
 
 def _warn_nothing_learned(placeholder_token: str) -> None:
@@ -294,6 +305,11 @@ def _load_model(arguments: argparse.Namespace) -> DiffusionModel:
 def _report_images(images: TrainingImages, size: int) -> None:
     names = ", ".join(map(printable, images.names))
     print(f"{len(images.names)} images, {size} x {size} pixels: {names}")
+    if images.masked:
+        print(f"  learned only where their masks are: {', '.join(map(printable, images.masked))}")
+    for name, captions in zip(images.names, images.captions, strict=False):
+        if captions:
+            print(f"  {printable(name)}: its captions ({len(captions)}) instead of the templates")
     for name in images.upscaled:
         print(
             f"  {printable(name)} is below {size} pixels and was enlarged; a larger one is better"

@@ -77,10 +77,12 @@ def diffusion_loss(
     timesteps: Int64[Tensor, " batch"],
     prompt_embeds: Float[Tensor, "batch tokens dim"],
     added_inputs: Mapping[str, Float[Tensor, "batch _"]] | None = None,
+    weights: Float32[Tensor, "batch 1 height width"] | None = None,
 ) -> Float32[Tensor, " batch"]:
     """Mean squared error of the denoiser for each sample, without reduction over the batch.
 
-    `added_inputs` are `Family.added_inputs`.
+    `added_inputs` are `Family.added_inputs`. `weights`, whose mean must be 1 for each sample, say
+    how much the error counts at each place; without them it counts alike everywhere.
     """
     noisy = add_noise(schedule, latents, noise, timesteps)
     target = prediction_target(schedule, latents, noise, timesteps)
@@ -91,17 +93,7 @@ def diffusion_loss(
         added_cond_kwargs=added_inputs,
         return_dict=False,
     )
-    return (predicted.float() - target).square().mean(dim=(1, 2, 3))
-
-
-def stratified_timesteps(
-    batch_size: int, num_train_timesteps: int, generator: torch.Generator
-) -> Int64[Tensor, " batch"]:
-    """One uniform draw in each of `batch_size` equal parts of the schedule, in random order.
-
-    Each timestep is as likely as with independent draws; the mean over a batch varies less.
-    """
-    part = torch.randperm(batch_size, generator=generator)
-    offset = torch.rand(batch_size, generator=generator)
-    timesteps = ((part + offset) / batch_size * num_train_timesteps).long()
-    return timesteps.clamp(max=num_train_timesteps - 1)  # float32 may round up to the end
+    errors = (predicted.float() - target).square()
+    if weights is not None:
+        errors = weights * errors
+    return errors.mean(dim=(1, 2, 3))

@@ -97,8 +97,11 @@ def _split(file: str) -> tuple[str, Path]:
 
 
 def read_training_pictures(folder: Path, *, size: int) -> TrainingPictures:
-    """The images of a folder as squares of `size` pixels; raises `NoUsableImages`."""
-    images = read_images(folder, size=size)
+    """The images of a folder as squares of `size` pixels; raises `NoUsableImages`.
+
+    Captions are left unread: whatever word they hold, the pictures are judged.
+    """
+    images = read_images(folder, size=size, placeholder_token=None)
     levels = list(((images.pixels + 1) * 127.5).permute(0, 2, 3, 1).round().byte().numpy())
     return TrainingPictures(
         folder=str(folder),

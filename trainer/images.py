@@ -105,11 +105,12 @@ class _Unusable(Exception):
     """Why one file is skipped."""
 
 
-def read_images(folder: Path, *, size: int, placeholder_token: str = "{}") -> TrainingImages:
+def read_images(folder: Path, *, size: int, placeholder_token: str | None = "{}") -> TrainingImages:
     """Read all images of a folder as squares of `size` pixels: centre crop, then Lanczos.
 
     EXIF orientation is honoured, transparency composited on white and taken for a mask, nothing
-    squashed. `placeholder_token` is the word in captions, where they do not have `{}`.
+    squashed. `placeholder_token` is the word in captions, where they do not have `{}`; None leaves
+    captions unread.
     Raises `NoUsableImages` if the folder is missing or nothing in it can be used.
     """
     paths = _files(folder)
@@ -177,25 +178,28 @@ def _nothing_usable(folder: Path, skipped: list[SkippedFile]) -> str:
     )
 
 
-def _read_square(path: Path, size: int, companions: _Companions, placeholder_token: str) -> _Square:
+def _read_square(
+    path: Path, size: int, companions: _Companions, placeholder_token: str | None
+) -> _Square:
     """The image as a square of `size` pixels, with what its companions say of it."""
     if path.name.startswith("."):
         raise _Unusable("hidden file")
     if not path.is_file():
         raise _Unusable("not a regular file (only the folder itself is read, no subfolders)")
     picture, mask = _decode(path, companions.masks.get(path.stem))
-    caption = companions.captions.get(path.stem)
     resized = Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS)
     return _Square(
         pixels=np.asarray(resized),
         mask=None if mask is None else to_weights(mask, size),
-        captions=_read_captions(caption, placeholder_token) if caption else (),
+        captions=_read_captions(companions.captions.get(path.stem), placeholder_token),
         side=picture.shape[0],
     )
 
 
-def _read_captions(path: Path, placeholder_token: str) -> tuple[str, ...]:
+def _read_captions(path: Path | None, placeholder_token: str | None) -> tuple[str, ...]:
     """An image whose caption is wrong is not learned from as if it had none."""
+    if path is None or placeholder_token is None:
+        return ()
     try:
         return read_captions(path, placeholder_token)
     except BadCaption as error:

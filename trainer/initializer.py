@@ -1,6 +1,4 @@
-"""Where the new vectors start, and how long they are."""
-
-from collections.abc import Sequence
+"""Where the new vectors start, and how long a word is."""
 
 import torch
 from jaxtyping import Float32
@@ -35,49 +33,44 @@ def initial_vectors(
     initializer_token: str | None,
     num_vectors: int,
     generator: torch.Generator,
-) -> Float32[Tensor, "num_vectors dim"]:
+) -> Float32[Tensor, "num_vectors all_dims"]:
     """The vectors that learning starts from: those for each text encoder side by side.
 
-    None is longer than `word_norm` of its encoder. A phrase of exactly `num_vectors` tokens gives
-    one vector each; any other phrase gives its mean to all of them. Without one: the mean of the
-    vocabulary, the direction that all tokens share and that favours none. Raises `LearningError`
-    for a phrase without tokens.
+    `phrase_vectors`; several of them are nudged apart. Raises `LearningError` for a phrase without
+    tokens.
     """
-    parts = [
-        _initial_part(encoder, initializer_token, num_vectors, generator)
-        for encoder in model.encoders
-    ]
+    vectors = phrase_vectors(model, initializer_token, num_vectors)
+    if num_vectors == 1:
+        return vectors
+    parts = vectors.split(model.dims, dim=1)
+    return torch.cat([_nudged(part, generator) for part in parts], dim=1)
+
+
+def phrase_vectors(
+    model: DiffusionModel, phrase: str | None, num_vectors: int
+) -> Float32[Tensor, "num_vectors all_dims"]:
+    """A phrase as vectors: those for each text encoder side by side.
+
+    A phrase of exactly `num_vectors` tokens gives one vector each; any other phrase gives its mean
+    to all of them. Without one: the mean of the vocabulary, the direction that all tokens share and
+    that favours none. Raises `LearningError` for a phrase without tokens.
+    """
+    parts = [_phrase_part(encoder, phrase, num_vectors) for encoder in model.encoders]
     return torch.cat(parts, dim=1)
 
 
-def _initial_part(
-    encoder: Encoder, initializer_token: str | None, num_vectors: int, generator: torch.Generator
+def _phrase_part(
+    encoder: Encoder, phrase: str | None, num_vectors: int
 ) -> Float32[Tensor, "num_vectors dim"]:
-    rows = _rows(encoder, initializer_token)
-    if len(rows) != num_vectors:
-        rows = rows.mean(dim=0, keepdim=True).repeat(num_vectors, 1)
-    if num_vectors > 1:
-        noise = torch.randn(rows.shape, generator=generator)
-        rows = rows + _RELATIVE_NOISE * rows.norm(dim=1, keepdim=True) * _unit(noise)
-    return shortened(rows, word_norm(encoder))
+    rows = _rows(encoder, phrase)
+    return rows if len(rows) == num_vectors else rows.mean(dim=0).repeat(num_vectors, 1)
 
 
-def shortened_parts(
-    vectors: Float32[Tensor, "num_vectors all_dims"],
-    dims: Sequence[int],
-    max_norms: Sequence[float],
-) -> Float32[Tensor, "num_vectors all_dims"]:
-    """The vectors, the part for each text encoder no longer than the norm for that one."""
-    parts = zip(vectors.split(list(dims), dim=1), max_norms, strict=True)
-    return torch.cat([shortened(part, max_norm) for part, max_norm in parts], dim=1)
-
-
-def shortened(
-    vectors: Float32[Tensor, "num_vectors dim"], max_norm: float
+def _nudged(
+    rows: Float32[Tensor, "num_vectors dim"], generator: torch.Generator
 ) -> Float32[Tensor, "num_vectors dim"]:
-    """The vectors, those longer than `max_norm` scaled back to it."""
-    norms = vectors.norm(dim=1, keepdim=True)
-    return vectors * (max_norm / norms.clamp(min=max_norm))
+    noise = torch.randn(rows.shape, generator=generator)
+    return rows + _RELATIVE_NOISE * rows.norm(dim=1, keepdim=True) * _unit(noise)
 
 
 def _rows(encoder: Encoder, initializer_token: str | None) -> Float32[Tensor, "tokens dim"]:

@@ -1,6 +1,7 @@
 """What is minimised: the denoiser's error on the training images, as a function of the vectors."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -8,12 +9,16 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from trainer.diffusion_loss import NoiseSchedule, diffusion_loss, stratified_timesteps
+from trainer.diffusion_loss import NoiseSchedule, diffusion_loss
 from trainer.families import Family
+from trainer.image_prompts import draw_prompts
 from trainer.latents import LatentDistribution
 from trainer.model import DiffusionModel
 from trainer.splicing import TemplatePrompts
 from trainer.text_encoder import PromptEncoder
+from trainer.timesteps import stratified_timesteps
+
+Vectors = Float32[Tensor, "num_vectors all_dims"]
 
 # Every run is measured on the same noise, whatever its own seed.
 _EVALUATION_SEED = 2208_01618
@@ -27,30 +32,43 @@ class Batch:
     noise: Float32[Tensor, "batch channels height width"]
     timesteps: Int64[Tensor, " batch"]
     templates: Int64[Tensor, " batch"]
+    weights: Float32[Tensor, "batch 1 height width"]  # of the error at each place, mean 1
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def take(self, rows: Int64[Tensor, " rows"]) -> "Batch":
+        """The samples at these places, in this order."""
+        return Batch(**{name: tensor[rows] for name, tensor in self._tensors().items()})
 
     def split(self, size: int) -> list["Batch"]:
         """The same samples in batches of at most `size`."""
-        parts = zip(
-            self.latents.split(size),
-            self.noise.split(size),
-            self.timesteps.split(size),
-            self.templates.split(size),
-            strict=True,
-        )
-        return [Batch(latents=a, noise=b, timesteps=c, templates=d) for a, b, c, d in parts]
+        return [self.take(rows) for rows in torch.arange(len(self)).split(size)]
+
+    def mirrored(self, size: int) -> "Batch":
+        """The first `size` of these samples, followed by the same with the opposite noise.
+
+        Pairs of opposite noise are antithetic variates: what is odd in the noise cancels.
+        """
+        both = Batch.joined([self, replace(self, noise=-self.noise)])
+        return both.take(torch.arange(size))
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            latents=self.latents.to(device),
-            noise=self.noise.to(device),
-            timesteps=self.timesteps.to(device),
-            templates=self.templates.to(device),
-        )
+        return Batch(**{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    @classmethod
+    def joined(cls, batches: Sequence["Batch"]) -> "Batch":
+        """The samples of all, in order."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: torch.cat([getattr(b, name) for b in batches]) for name in names})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The loss of one run: frozen model, encoded images, laid-out templates.
+    """The loss of one concept: frozen model, encoded images, laid-out prompts.
 
     Vectors are those for each text encoder side by side, `sum(dims)` wide.
     """
@@ -62,12 +80,25 @@ class Objective:
     unet: UNet2DConditionModel
     schedule: NoiseSchedule
     latents: LatentDistribution
+    weights: Float32[Tensor, "images 1 height width"]  # of the errors, mean 1 for each image
     prompts: TemplatePrompts
+    choices: tuple[range, ...]  # for each image: the prompts that it may have
+    focus: float = 0.0  # share of training timesteps that are biased to noise
+    antithetic: bool = False  # whether training samples come in pairs of opposite noise
 
     @classmethod
     def of(
-        cls, model: DiffusionModel, latents: LatentDistribution, prompts: TemplatePrompts
+        cls,
+        model: DiffusionModel,
+        latents: LatentDistribution,
+        prompts: TemplatePrompts,
+        *,
+        choices: Sequence[range] = (),
+        masks: Float32[Tensor, "images 1 pixels_high pixels_wide"] | None = None,
+        focus: float = 0.0,
+        antithetic: bool = False,
     ) -> Self:
+        """Without `choices` any image may have any prompt, without `masks` all of it counts."""
         return cls(
             family=model.family,
             dims=model.dims,
@@ -76,7 +107,11 @@ class Objective:
             unet=model.unet,
             schedule=NoiseSchedule.from_config(model.scheduler_config).to(model.unet.device),
             latents=latents,
+            weights=error_weights(masks, latents.mean),
             prompts=prompts.to(model.unet.device),
+            choices=tuple(choices) or (range(len(prompts)),) * len(latents),
+            focus=focus,
+            antithetic=antithetic,
         )
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Batch:
@@ -84,10 +119,12 @@ class Objective:
 
         Drawn on the CPU, so that a seed means the same on every device.
         """
-        images = _balanced(len(self.latents), batch_size, generator)
+        size = -(-batch_size // 2) if self.antithetic else batch_size
+        images = _balanced(len(self.latents), size, generator)
         mean, std = self.latents.mean[images], self.latents.std[images]
         sampled = mean + std * torch.randn(mean.shape, generator=generator)
-        return self._batch(sampled, generator)
+        batch = self._batch(images, sampled, generator, focus=self.focus)
+        return batch.mirrored(batch_size) if self.antithetic else batch
 
     def draw_evaluation(self, batch_size: int) -> Batch:
         """The fixed batch: the same for every step, run and seed on the same images.
@@ -96,58 +133,119 @@ class Objective:
         """
         generator = torch.Generator().manual_seed(_EVALUATION_SEED)
         images = torch.arange(max(batch_size, len(self.latents))) % len(self.latents)
-        return self._batch(self.latents.mean[images], generator)
+        return self._batch(images, self.latents.mean[images], generator, focus=0.0)
 
     def _batch(
-        self, latents: Float32[Tensor, "batch channels height width"], generator: torch.Generator
+        self,
+        images: Int64[Tensor, " batch"],
+        latents: Float32[Tensor, "batch channels height width"],
+        generator: torch.Generator,
+        *,
+        focus: float,
     ) -> Batch:
-        size = len(latents)
+        timesteps = self.schedule.num_train_timesteps
         return Batch(
             latents=latents,
             noise=torch.randn(latents.shape, generator=generator),
-            timesteps=stratified_timesteps(size, self.schedule.num_train_timesteps, generator),
-            templates=torch.randint(len(self.prompts), (size,), generator=generator),
+            timesteps=stratified_timesteps(len(images), timesteps, generator, focus=focus),
+            templates=draw_prompts(self.choices, images, generator),
+            weights=self.weights[images],
         )
 
     def losses(
-        self, vectors: Float32[Tensor, "num_vectors dim"], batch: Batch
+        self, vectors: Float32[Tensor, "*rows num_vectors all_dims"], batch: Batch
     ) -> Float32[Tensor, " batch"]:
-        """The loss of each sample; differentiable in `vectors` alone."""
-        device = self.unet.device
-        batch = batch.to(device)
-        parts = vectors.to(device).split(self.dims, dim=1)
-        prompts = self.prompts.of_encoders
-        prompt_embeds, pooled = self.prompt_encoder(
-            [one.splice(part, batch.templates) for one, part in zip(prompts, parts, strict=True)],
-            [one.eos_index[batch.templates] for one in prompts],
-        )
-        height, width = (self.scale_factor * side for side in batch.latents.shape[-2:])
-        return diffusion_loss(
-            self.unet,
-            self.schedule,
-            latents=batch.latents,
-            noise=batch.noise,
-            timesteps=batch.timesteps,
-            prompt_embeds=prompt_embeds,
-            added_inputs=self.family.added_inputs(pooled, width=width, height=height),
-        )
+        """The loss of each sample, with the same vectors for all or with its own.
 
-    def loss_and_gradient(
-        self, vectors: Float32[Tensor, "num_vectors dim"], batch: Batch
-    ) -> tuple[float, Float32[Tensor, "num_vectors dim"]]:
+        Differentiable in `vectors` alone.
+        """
+        return joint_losses([Trial(objective=self, vectors=vectors, batch=batch)])
+
+    def loss_and_gradient(self, vectors: Vectors, batch: Batch) -> tuple[float, Vectors]:
         """The mean loss of a batch, and its gradient in the vectors; no other gradient is made."""
-        parameter = vectors.detach().clone().requires_grad_(True)
-        loss = self.losses(parameter, batch).mean()
-        (gradient,) = torch.autograd.grad(loss, parameter)
-        return loss.item(), gradient
+        ((loss, gradient),) = losses_and_gradients(
+            [Trial(objective=self, vectors=vectors, batch=batch)]
+        )
+        return loss, gradient
 
     @torch.no_grad()
-    def evaluate(
-        self, vectors: Float32[Tensor, "num_vectors dim"], batch: Batch, *, at_once: int
-    ) -> float:
+    def evaluate(self, vectors: Vectors, batch: Batch, *, at_once: int) -> float:
         """The mean loss of a batch, `at_once` samples at a time to bound memory."""
         parts = [self.losses(vectors, part) for part in batch.split(at_once)]
         return torch.cat(parts).mean().item()
+
+    def encoder_inputs(
+        self, vectors: Float32[Tensor, "*rows num_vectors all_dims"], batch: Batch
+    ) -> list[tuple[Float32[Tensor, "batch tokens dim"], Int64[Tensor, " batch"]]]:
+        """For each text encoder: embeddings of the samples' prompts, and where EOS stands."""
+        device = self.unet.device
+        templates = batch.templates.to(device)
+        parts = vectors.to(device).split(self.dims, dim=-1)
+        return [
+            (one.splice(part, templates), one.eos_index[templates])
+            for one, part in zip(self.prompts.of_encoders, parts, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A batch of one concept, and the vectors to try on it."""
+
+    objective: Objective
+    vectors: Float32[Tensor, "*rows num_vectors all_dims"]
+    batch: Batch
+
+
+def joint_losses(trials: Sequence[Trial]) -> Float32[Tensor, " rows"]:
+    """The loss of each row of several concepts of one model, one after another, in one pass.
+
+    No row depends on another: a concept has the loss that it would have alone.
+    """
+    model = trials[0].objective
+    batch = Batch.joined([trial.batch for trial in trials]).to(model.unet.device)
+    inputs = [trial.objective.encoder_inputs(trial.vectors, trial.batch) for trial in trials]
+    of_encoders = [tuple(zip(*encoder, strict=True)) for encoder in zip(*inputs, strict=True)]
+    prompt_embeds, pooled = model.prompt_encoder(
+        [torch.cat(embeds) for embeds, _ in of_encoders],
+        [torch.cat(eos_index) for _, eos_index in of_encoders],
+    )
+    height, width = (model.scale_factor * side for side in batch.latents.shape[-2:])
+    return diffusion_loss(
+        model.unet,
+        model.schedule,
+        latents=batch.latents,
+        noise=batch.noise,
+        timesteps=batch.timesteps,
+        prompt_embeds=prompt_embeds,
+        added_inputs=model.family.added_inputs(pooled, width=width, height=height),
+        weights=batch.weights,
+    )
+
+
+def losses_and_gradients(trials: Sequence[Trial]) -> list[tuple[float, Vectors]]:
+    """For each concept its mean loss and the gradient of that in its own vectors, in one pass."""
+    leaves = [
+        replace(trial, vectors=trial.vectors.detach().clone().requires_grad_(True))
+        for trial in trials
+    ]
+    parts = joint_losses(leaves).split([len(trial.batch) for trial in trials])
+    means = torch.stack([part.mean() for part in parts])
+    gradients = torch.autograd.grad(means.sum(), [leaf.vectors for leaf in leaves])
+    return list(zip(means.tolist(), gradients, strict=True))
+
+
+def error_weights(
+    masks: Float32[Tensor, "images 1 pixels_high pixels_wide"] | None,
+    latents: Float32[Tensor, "images channels height width"],
+) -> Float32[Tensor, "images 1 height width"]:
+    """How much the error counts at each latent: the mask's average there, scaled to a mean of 1.
+
+    The weighted mean is then sum(mask x error) / sum(mask), and one of all errors without a mask.
+    """
+    if masks is None:
+        return torch.ones_like(latents[:, :1])
+    small = torch.nn.functional.interpolate(masks, size=latents.shape[-2:], mode="area")
+    return small / small.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def _balanced(

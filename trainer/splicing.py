@@ -121,11 +121,14 @@ class TemplatePrompts:
         return len(self.frozen_embeds)
 
     def splice(
-        self, vectors: Float32[Tensor, "num_vectors dim"], which: Int64[Tensor, " batch"]
+        self, vectors: Float32[Tensor, "*rows num_vectors dim"], which: Int64[Tensor, " batch"]
     ) -> Float32[Tensor, "batch tokens dim"]:
-        """The chosen templates with `vectors` in their slots; differentiable in `vectors` alone."""
+        """The chosen templates with `vectors` in their slots; differentiable in `vectors` alone.
+
+        The same vectors for all, or those of each row of the batch.
+        """
         rows = torch.arange(len(which), device=which.device)[:, None].expand_as(self.slots[which])
-        values = vectors.expand(len(which), *vectors.shape)
+        values = vectors.expand(len(which), *vectors.shape[-2:])
         return self.frozen_embeds[which].index_put((rows, self.slots[which]), values)
 
     def to(self, device: torch.device) -> Self:

@@ -1,6 +1,7 @@
 """How the vectors move: the rules that turn a gradient into the next vectors, as pure functions."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -8,11 +9,14 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from trainer.options import Optimizer
+
 Vectors = Float32[Tensor, "num_vectors dim"]
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
-_SMALLEST_GRADIENT = 1e-12
+_SMALLEST_NORM = 1e-12
+_PAPER_WEIGHT_DECAY = 1e-2  # PyTorch's default, which the paper's code leaves as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,19 +36,25 @@ class Moments:
             second=torch.lerp(gradient.square(), self.second, _BETAS[1]),
         )
 
-    def direction(self, step: int) -> Vectors:
-        """The unbiased mean gradient by its deviation, after `step` (1, 2, ...) gradients."""
-        unbiased = self.first / (1 - _BETAS[0] ** step)
-        deviation = (self.second / (1 - _BETAS[1] ** step)).sqrt()
-        return unbiased / (deviation + _EPSILON)
+    def step(self, count: int, *, rate: float) -> Vectors:
+        """`rate` times the unbiased mean gradient by its deviation, after `count` gradients."""
+        unbiased = self.first / (1 - _BETAS[0] ** count)
+        deviation = (self.second / (1 - _BETAS[1] ** count)).sqrt()
+        return rate * unbiased / (deviation + _EPSILON)
 
 
 class Update(Protocol):
-    """One step of a rule. `step` counts from 1."""
+    """A rule by which vectors move."""
+
+    def start(self, vectors: Vectors) -> Vectors:
+        """Initial vectors as the rule wants them."""
+        ...
 
     def __call__(
         self, vectors: Vectors, gradient: Vectors, moments: Moments, *, step: int, rate: float
-    ) -> tuple[Vectors, Moments]: ...
+    ) -> tuple[Vectors, Moments]:
+        """One step. `step` counts from 1."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +65,15 @@ class AdamW:
     weight_decay: float = 0.0
     max_norm: float = math.inf
 
+    def start(self, vectors: Vectors) -> Vectors:
+        return shortened(vectors, self.max_norm)
+
     def __call__(
         self, vectors: Vectors, gradient: Vectors, moments: Moments, *, step: int, rate: float
     ) -> tuple[Vectors, Moments]:
         moments = moments.after(gradient)
         decayed = vectors * (1 - rate * self.weight_decay)
-        return shortened(decayed - rate * moments.direction(step), self.max_norm), moments
+        return shortened(decayed - moments.step(step, rate=rate), self.max_norm), moments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +89,9 @@ class SphericalDescent:
     norm: float  # of every vector
     kappa: float = 1e-4
 
+    def start(self, vectors: Vectors) -> Vectors:
+        return self.norm * _unit(vectors)
+
     def __call__(
         self, vectors: Vectors, gradient: Vectors, moments: Moments, *, step: int, rate: float
     ) -> tuple[Vectors, Moments]:
@@ -87,11 +103,61 @@ class SphericalDescent:
         return self.norm * _unit(turned), moments
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerEncoder:
+    """A rule for the vectors of each text encoder, which stand side by side."""
+
+    dims: tuple[int, ...]
+    rules: tuple[Update, ...]
+
+    def start(self, vectors: Vectors) -> Vectors:
+        parts = zip(self.rules, vectors.split(self.dims, dim=1), strict=True)
+        return torch.cat([rule.start(part) for rule, part in parts], dim=1)
+
+    def __call__(
+        self, vectors: Vectors, gradient: Vectors, moments: Moments, *, step: int, rate: float
+    ) -> tuple[Vectors, Moments]:
+        rows = (vectors, gradient, moments.first, moments.second)
+        parts = zip(self.rules, *(row.split(self.dims, dim=1) for row in rows), strict=True)
+        moved = [
+            rule(part, slope, Moments(first=first, second=second), step=step, rate=rate)
+            for rule, part, slope, first, second in parts
+        ]
+        return torch.cat([part for part, _ in moved], dim=1), Moments(
+            first=torch.cat([after.first for _, after in moved], dim=1),
+            second=torch.cat([after.second for _, after in moved], dim=1),
+        )
+
+
+def update_rule(
+    optimizer: Optimizer, initial: Vectors, *, dims: Sequence[int], norms: Sequence[float]
+) -> PerEncoder:
+    """The rule of an optimizer for vectors that start at `initial`.
+
+    `dims` and `norms` are the width of the vectors for each text encoder, and the length that a
+    word has there.
+    """
+    parts = zip(initial.split(list(dims), dim=1), norms, strict=True)
+    return PerEncoder(
+        dims=tuple(dims), rules=tuple(_rule(optimizer, part, norm) for part, norm in parts)
+    )
+
+
+def _rule(optimizer: Optimizer, initial: Vectors, norm: float) -> Update:
+    if optimizer == "dti":
+        return SphericalDescent(prior=_unit(initial), norm=norm)
+    if optimizer == "adamw":
+        return AdamW(weight_decay=_PAPER_WEIGHT_DECAY)
+    return AdamW(max_norm=norm)
+
+
 def shortened(vectors: Vectors, max_norm: float) -> Vectors:
     """The vectors, those longer than `max_norm` scaled back to it."""
+    if math.isinf(max_norm):
+        return vectors
     norms = vectors.norm(dim=1, keepdim=True)
-    return vectors * (norms.clamp(max=max_norm) / norms.clamp(min=_SMALLEST_GRADIENT))
+    return vectors * (max_norm / norms.clamp(min=max_norm))
 
 
 def _unit(rows: Vectors) -> Vectors:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=_SMALLEST_GRADIENT)
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=_SMALLEST_NORM)

@@ -19,8 +19,9 @@ from models.recipe.exam import Examiner, Share
 from models.recipe.objects import COLOURS, with_article
 from trainer.evaluator import ImageEmbeds, mean_similarity
 from trainer.images import read_images
-from trainer.learning import LearnOptions, learn
+from trainer.learning import learn
 from trainer.model import DiffusionModel, load_model
+from trainer.options import LearnOptions
 from trainer.quiet import quiet_libraries
 from trainer.sampling import image_size, sample_images
 from trainer.splicing import text_spec

@@ -1,0 +1,118 @@
+"""What a run is told: `LearnOptions`, with every limit checked."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from trainer.errors import LearningError
+from trainer.stopping import DeterministicVariance
+from trainer.templates import LearnableProperty
+
+Optimizer = Literal["adam", "adamw", "dti"]
+StopRule = Literal["steps", "dvar"]
+
+AUTO = "auto"  # as initializer_token: search for it
+MAX_STEPS = 1_000_000
+MAX_BATCH_SIZE = 4096
+MAX_CANDIDATES = 512
+_LIMITS = {
+    "steps": (1, MAX_STEPS),
+    "batch_size": (1, MAX_BATCH_SIZE),
+    "num_vectors": (1, None),
+    "eval_every": (1, None),
+}
+_CHOICES = {
+    "learnable_property": get_args(LearnableProperty),
+    "optimizer": get_args(Optimizer),
+    "stop": get_args(StopRule),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnOptions:
+    """Everything that decides what is learned; docs/learning.md gives reasons for the defaults."""
+
+    steps: int = 400  # at most
+    batch_size: int = 8
+    optimizer: Optimizer = "adam"
+    learning_rate: float | None = None  # None: what the optimizer is usually given
+    num_vectors: int = 1
+    # A word or phrase; "auto": the best by a search; None: the mean of the vocabulary.
+    initializer_token: str | None = None
+    initializer_candidates: tuple[str, ...] = ()  # for the search; none: words of the vocabulary
+    learnable_property: LearnableProperty = "object"
+    seed: int = 0
+    eval_every: int = 50  # steps between two evaluations on the fixed batch
+    stop: StopRule = "steps"  # dvar: as soon as the evaluation loss has settled
+    stop_window: int = 6  # evaluations that must have settled
+    stop_threshold: float = 0.15  # of their variance, relative to that of all evaluations
+    timestep_focus: float = 0.0  # share of the timesteps that is biased to noise
+    antithetic: bool = False  # samples in pairs of opposite noise
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _LIMITS.items():
+            self._check_limits(name, least, most)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise LearningError(
+                    f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if self.learning_rate is not None and not 0.0 < self.learning_rate <= 1.0:
+            raise LearningError(
+                f"learning_rate must be above 0 and at most 1, got {self.learning_rate}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise LearningError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+        if not 0.0 <= self.timestep_focus <= 1.0:
+            raise LearningError(
+                f"timestep_focus must be between 0 and 1, got {self.timestep_focus}"
+            )
+        if self.antithetic and self.batch_size < 2:
+            raise LearningError("antithetic needs pairs: batch_size must be at least 2, got 1")
+        self._check_candidates()
+        self._settling()  # refuses what cannot be
+
+    def _check_limits(self, name: str, least: int, most: int | None) -> None:
+        value = getattr(self, name)
+        if value < least:
+            raise LearningError(f"{name} must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise LearningError(f"{name} must be at most {most}, got {value}")
+
+    def _check_candidates(self) -> None:
+        count = len(self.initializer_candidates)
+        if count and self.initializer_token != AUTO:
+            raise LearningError(
+                f"initializer_candidates are for a search: initializer_token must be {AUTO!r}, got "
+                f"{self.initializer_token!r}"
+            )
+        if count > MAX_CANDIDATES:
+            raise LearningError(
+                f"initializer_candidates must be at most {MAX_CANDIDATES}, got {count}"
+            )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that is meant: the given one, or the optimizer's usual.
+
+        AdamW's is the paper's 5e-3 for each sample of a step (its code scales by batch size and
+        number of GPUs, together 8), `dti` has 0.04 radians (0.01 for each of 4 samples in the code
+        of arXiv 2512.13672).
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        usual = {"adam": 3e-3, "adamw": min(5e-3 * self.batch_size, 1.0), "dti": 0.04}
+        return usual[self.optimizer]
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate after `step` steps: along half a cosine for `adam`, else constant."""
+        if self.optimizer != "adam":
+            return self.rate
+        return self.rate * 0.5 * (1 + math.cos(math.pi * (step / self.steps)))
+
+    def settled(self, evaluation_losses: tuple[float, ...]) -> bool:
+        """Whether the stop rule ends a run with these evaluations before its last step."""
+        return self.stop == "dvar" and self._settling().settled(evaluation_losses)
+
+    def _settling(self) -> DeterministicVariance:
+        return DeterministicVariance(window=self.stop_window, threshold=self.stop_threshold)
