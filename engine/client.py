@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from engine.concepts import FileFormat
 from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
 from engine.errors import OneWordError
+from engine.training_client import TrainingClient
 from protos.oneword.v1 import (
     concepts_pb2,
     concepts_pb2_grpc,
@@ -19,6 +20,7 @@ from protos.oneword.v1 import (
     generation_pb2_grpc,
     server_info_pb2,
     server_info_pb2_grpc,
+    training_pb2_grpc,
 )
 
 _PAGE_SIZE = 500
@@ -60,6 +62,9 @@ class Client:
         self._generation = generation_pb2_grpc.ImageGenerationServiceStub(self._channel)
         self._concepts = concepts_pb2_grpc.ConceptServiceStub(self._channel)
         self._server_info = server_info_pb2_grpc.ServerInfoServiceStub(self._channel)
+        self.training = TrainingClient(
+            training_pb2_grpc.TrainingServiceStub(self._channel), timeout_s, self._errors
+        )
 
     def close(self) -> None:
         self._channel.close()

@@ -1,17 +1,13 @@
 """The servicer of the stored concepts."""
 
-import base64
-import binascii
-
 from engine import wire
 from engine.concepts import Concept, check_fits, concept_from_bytes, concept_to_bytes
 from engine.errors import ConceptUnreadable, InvalidRequest
+from engine.paging import checked_page_size, key_of, page_token
 from engine.service import Context, Runtime, guarded
 from engine.store import StoredConcept
 from protos.oneword.v1 import concepts_pb2, concepts_pb2_grpc
 
-DEFAULT_PAGE_SIZE = 100
-MAX_PAGE_SIZE = 1000
 KeyedRequest = concepts_pb2.GetConceptRequest | concepts_pb2.ExportConceptRequest
 
 
@@ -76,18 +72,14 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
         return concepts_pb2.GetConceptResponse(concept=wire.concept_to_proto(stored, concept))
 
     def _list(self, request: concepts_pb2.ListConceptsRequest) -> concepts_pb2.ListConceptsResponse:
-        page_size = request.page_size or DEFAULT_PAGE_SIZE
-        if not 1 <= page_size <= MAX_PAGE_SIZE:
-            raise InvalidRequest(
-                f"page_size must be between 1 and {MAX_PAGE_SIZE}, got {page_size}",
-                field="page_size",
-            )
-        after = _after(request.page_token)
-        found = self._runtime.store.list(limit=page_size + 1, after=after)
+        page_size = checked_page_size(request.page_size)
+        found = self._runtime.store.list(limit=page_size + 1, after=key_of(request.page_token))
         page = found[:page_size]
         return concepts_pb2.ListConceptsResponse(
             concepts=[wire.concept_to_proto(stored) for stored in page],
-            next_page_token=_page_token(page[-1]) if len(found) > page_size else "",
+            next_page_token=page_token(page[-1].placeholder_token)
+            if len(found) > page_size
+            else "",
         )
 
     def _export(
@@ -108,17 +100,3 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
                 field="placeholder_token",
             )
         return self._runtime.store.load(key, getattr(request, key))
-
-
-def _page_token(last: StoredConcept) -> str:
-    return base64.urlsafe_b64encode(last.placeholder_token.encode()).decode()
-
-
-def _after(page_token: str) -> str:
-    try:
-        return base64.b64decode(page_token.encode(), altchars=b"-_", validate=True).decode()
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest(
-            "page_token is not one of this server's; pass next_page_token on as it is",
-            field="page_token",
-        ) from error

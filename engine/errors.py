@@ -5,15 +5,19 @@
     |   |-- ConceptUnreadable   a concept file or its vectors cannot be used at all
     |   `-- PromptTooLong       the prompt needs more chunks than the server allows
     |-- UnknownConcept          a name that no stored or inline concept has
+    |-- UnknownTraining         an id that no training has
     |-- ConceptExists           the placeholder is taken by other vectors
     |-- ConceptMismatch         a sound concept that belongs to another model
+    |-- TrainingUnavailable     this server cannot learn; says what it lacks
+    |-- TrainingNotEnded        a training that must end first
     |-- QueueFull               no room: try again later
     |-- DeadlineExceeded        the caller's deadline has passed
     |-- Cancelled               the caller went away
     |-- ShuttingDown            the server is draining
     |-- NumericalError          the model produced NaN or infinite values
     |-- BundleError             the bundle on disk is missing, broken, or of another version
-    |-- StoreError              the concept store cannot be read or written now
+    |-- StoreError              what is stored cannot be read or written now
+    |   |-- StorageFull         no room on the disk
     |   `-- ConceptDamaged      a stored concept is not what was stored
     |-- ConfigError             the server cannot run as it was told to
     `-- ProviderUnavailable     the backend that was asked for cannot be had
@@ -63,12 +67,28 @@ class UnknownConcept(EngineError):
         self.placeholder_token = placeholder_token
 
 
+class UnknownTraining(EngineError):
+    """No training has this id."""
+
+    def __init__(self, message: str, *, training_id: str) -> None:
+        super().__init__(message)
+        self.training_id = training_id
+
+
 class ConceptExists(EngineError):
     """The placeholder token is taken by a concept with other vectors."""
 
 
 class ConceptMismatch(EngineError):
     """The concept was learned for another text encoder."""
+
+
+class TrainingUnavailable(EngineError):
+    """This server cannot learn words: a package, a flag or the right model is missing."""
+
+
+class TrainingNotEnded(EngineError):
+    """The training is queued or runs, and what was asked for needs it ended."""
 
 
 class QueueFull(EngineError):
@@ -100,7 +120,11 @@ class BundleError(EngineError):
 
 
 class StoreError(EngineError):
-    """The concept store cannot be read or written: a full disk, a lock held too long."""
+    """What is stored cannot be read or written now: a broken disk, a lock held too long."""
+
+
+class StorageFull(StoreError):
+    """The disk, or the share of it that the server may use, is full."""
 
 
 class ConceptDamaged(StoreError):

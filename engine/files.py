@@ -1,11 +1,14 @@
 """Small, careful file operations: hashing, and writes that are whole or absent."""
 
+import errno
 import hashlib
 import os
 import secrets
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
+# The disk, the user's share of it, or the size that one file may have.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -41,3 +44,17 @@ def _write_and_rename(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk: syncing a file does not sync its name (fsync(2))."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed because there is no room for it."""
+    return error.errno in _FULL

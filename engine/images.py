@@ -3,8 +3,10 @@
 import io
 import json
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -113,6 +115,27 @@ def decode_image(content: bytes, *, max_side: int | None = None) -> RgbImage:
             "one of these formats",
             field="init_image",
         ) from error
+
+
+def check_image_file(path: Path, *, max_pixels: int) -> None:
+    """Refuse a file that is no PNG, JPEG or WebP by its beginning, or too large to be decoded.
+
+    Nothing is decoded, so a file that is damaged further on passes. Raises `InvalidRequest`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is below
+            with Image.open(path, formats=_ACCEPTED_FORMATS) as image:
+                width, height = image.size
+    except (Image.DecompressionBombError, *_DECODER_ERRORS) as error:
+        raise InvalidRequest(
+            "it is not a PNG, JPEG or WebP file, or its beginning is damaged; save it anew in one "
+            "of these formats"
+        ) from error
+    if width * height > max_pixels:
+        raise InvalidRequest(
+            f"it is {width} x {height}, the limit is {max_pixels} pixels; scale it down"
+        )
 
 
 def _refuse_large(width: int, height: int) -> None:

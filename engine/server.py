@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc.aio
@@ -21,6 +22,12 @@ from engine.pipeline import Pipeline
 from engine.requests import Limits
 from engine.service import ImageGenerationService, Runtime, ServerInfoService
 from engine.store import ConceptStore
+from engine.training_child import worker_command
+from engine.training_config import TrainingConfig
+from engine.training_model import TrainableModel
+from engine.training_service import TrainingService, publish
+from engine.training_store import TrainingStore
+from engine.training_supervisor import Supervisor
 from protos.oneword.v1 import (
     concepts_pb2,
     concepts_pb2_grpc,
@@ -28,15 +35,21 @@ from protos.oneword.v1 import (
     generation_pb2_grpc,
     server_info_pb2,
     server_info_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
 )
 
+TRAINING_SERVICE = training_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["ImageGenerationService"].full_name,
     concepts_pb2.DESCRIPTOR.services_by_name["ConceptService"].full_name,
     server_info_pb2.DESCRIPTOR.services_by_name["ServerInfoService"].full_name,
+    TRAINING_SERVICE,
 )
 # Time for the last statuses to leave, and the end of health watchers, which never end themselves.
 _FLUSH_S = 1.0
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +65,7 @@ class ServerConfig:
     execution_provider: str = "CPUExecutionProvider"
     batcher: BatcherConfig = field(default_factory=BatcherConfig)
     limits: Limits = field(default_factory=Limits)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     max_message_bytes: int = MAX_MESSAGE_BYTES  # each way
     max_concurrent_rpcs: int = 256
     host_threads: int = 2  # for tokenizing and picture coding
@@ -61,12 +75,24 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         _check_listen(self.listen, insecure=self.insecure)
+        if self.training.training_model is not None and self.training_dir is None:
+            raise ConfigError(
+                "a server that learns must keep what it learned; give it a concept_dir, or a "
+                "training_dir if its concepts are not to be kept"
+            )
         for name in ("max_message_bytes", "max_concurrent_rpcs", "host_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("grace_s", "stall_timeout_s"):
             if not getattr(self, name) >= 0.0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def training_dir(self) -> Path | None:
+        """Where trainings are kept: beside the stored concepts, unless told otherwise."""
+        if self.training.training_dir is not None or self.concept_dir is None:
+            return self.training.training_dir
+        return self.concept_dir.with_name(f"{self.concept_dir.name}-training")
 
 
 def _check_listen(address: str, *, insecure: bool) -> None:
@@ -111,6 +137,7 @@ class Server:
             stall_timeout_s=config.stall_timeout_s,
         )
         self.generation = ImageGenerationService(self._runtime)
+        self.training = _training_service(self._runtime, config)
         # The type stub lacks the asyncio half of the module.
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server = self._make_server()
@@ -124,8 +151,10 @@ class Server:
                 f"cannot listen on {self._config.listen}: the address is in use or is not one of "
                 "this machine; stop the other server, or choose another port (0: any free one)"
             ) from error
+        learns = await self.training.start()
         for name in ("", *SERVICES):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            serves = learns or name != TRAINING_SERVICE
+            await self._health.set(name, _SERVING if serves else _NOT_SERVING)
         await self._server.start()
         if self._config.listen.startswith("unix:"):
             return self._config.listen
@@ -134,7 +163,7 @@ class Server:
     async def stop(self, grace_s: float = 0.0) -> None:
         """Say NOT_SERVING, let requests under way finish within `grace_s`, fail the rest."""
         await self._health.enter_graceful_shutdown()
-        await self.generation.drain(grace_s)
+        await asyncio.gather(self.generation.drain(grace_s), self.training.stop())
         await asyncio.to_thread(self.batcher.close)
         await self._server.stop(_FLUSH_S)
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
@@ -159,11 +188,31 @@ class Server:
         server_info_pb2_grpc.add_ServerInfoServiceServicer_to_server(
             ServerInfoService(self._runtime), server
         )
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(self.training, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._config.reflection:
             names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
         return server
+
+
+def _training_service(runtime: Runtime, config: ServerConfig) -> TrainingService:
+    """Trainings in a folder beside the stored concepts; refusals only, where no model is given."""
+    training, folder = config.training, config.training_dir
+    if training.training_model is None or folder is None:
+        return TrainingService(runtime)
+    model = TrainableModel(training.training_model, runtime.pipeline.bundle.manifest)
+    supervisor = Supervisor(
+        TrainingStore(folder, training.limits),
+        training,
+        command=worker_command(
+            training.training_model,
+            device=training.training_device,
+            checkpoint_every_s=training.checkpoint_every_s,
+        ),
+        publish=partial(publish, pipeline=runtime.pipeline, store=runtime.store),
+    )
+    return TrainingService(runtime, supervisor, model)
 
 
 async def serve(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from engine import wire
 from engine.batcher import Batcher, Failed, Finished, ImageDone, StepDone
@@ -74,6 +75,17 @@ async def guarded(context: Context) -> AsyncGenerator[str]:
         await context.abort(status.code, status.details or "", status.trailing_metadata or ())
 
 
+async def write_in_time(context: Context, response: Message, stall_timeout_s: float) -> None:
+    """Send a message of a stream; a caller that does not take it in time is dropped."""
+    try:
+        async with asyncio.timeout(stall_timeout_s):
+            await context.write(response)
+    except TimeoutError:
+        raise Cancelled(
+            f"nothing was read for {stall_timeout_s:g} s; the request was dropped"
+        ) from None
+
+
 class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer):
     """Images from prompts, streamed."""
 
@@ -128,7 +140,8 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
         events = EventStream(asyncio.get_running_loop())
         job = self._runtime.batcher.submit(replies.plan, events.put, deadline=deadline)
         try:
-            await self._write(context, replies.accepted(request_id, job.queue_position))
+            accepted = replies.accepted(request_id, job.queue_position)
+            await write_in_time(context, accepted, self._runtime.stall_timeout_s)
             await self._forward(events, replies, context)
         finally:
             job.cancel()
@@ -150,7 +163,8 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
             event = await events.get()
             if isinstance(event, Failed):
                 raise event.error
-            await self._write(context, await self._reply(replies, event))
+            reply = await self._reply(replies, event)
+            await write_in_time(context, reply, self._runtime.stall_timeout_s)
             if isinstance(event, Finished):
                 return
 
@@ -166,16 +180,6 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
                 return await self._runtime.in_pool(replies.image, event)
             case Finished(timings=timings):
                 return replies.summary(timings)
-
-    async def _write(self, context: Context, response: generation_pb2.GenerateResponse) -> None:
-        stall_timeout_s = self._runtime.stall_timeout_s
-        try:
-            async with asyncio.timeout(stall_timeout_s):
-                await context.write(response)
-        except TimeoutError:
-            raise Cancelled(
-                f"nothing was read for {stall_timeout_s:g} s; the request was dropped"
-            ) from None
 
 
 def _deadline(context: Context) -> float | None:

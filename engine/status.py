@@ -14,7 +14,13 @@ from grpc import StatusCode
 from grpc_status import rpc_status
 
 from engine import errors
-from engine.errors import EngineError, InvalidRequest, QueueFull, UnknownConcept
+from engine.errors import (
+    EngineError,
+    InvalidRequest,
+    QueueFull,
+    UnknownConcept,
+    UnknownTraining,
+)
 
 DOMAIN = "oneword"
 # Text of callers comes back in errors; trailers beyond some 8 KiB would break the connection.
@@ -26,14 +32,18 @@ STATUS: dict[type[EngineError], StatusCode] = {
     errors.ConceptUnreadable: StatusCode.INVALID_ARGUMENT,
     errors.PromptTooLong: StatusCode.INVALID_ARGUMENT,
     errors.UnknownConcept: StatusCode.NOT_FOUND,
+    errors.UnknownTraining: StatusCode.NOT_FOUND,
     errors.ConceptExists: StatusCode.ALREADY_EXISTS,
     errors.ConceptMismatch: StatusCode.FAILED_PRECONDITION,
+    errors.TrainingUnavailable: StatusCode.FAILED_PRECONDITION,
+    errors.TrainingNotEnded: StatusCode.FAILED_PRECONDITION,
     errors.QueueFull: StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
     errors.Cancelled: StatusCode.CANCELLED,
     errors.ShuttingDown: StatusCode.UNAVAILABLE,
     errors.NumericalError: StatusCode.FAILED_PRECONDITION,
     errors.StoreError: StatusCode.UNAVAILABLE,
+    errors.StorageFull: StatusCode.RESOURCE_EXHAUSTED,
     errors.ConceptDamaged: StatusCode.DATA_LOSS,
     # Raised at start-up only; in an RPC they would be a bug of ours.
     errors.BundleError: StatusCode.INTERNAL,
@@ -81,11 +91,15 @@ def _details(error: EngineError) -> list[Message]:
             retry.retry_delay.FromMilliseconds(round(retry_after_s * 1e3))
             return [retry]
         case UnknownConcept(placeholder_token=token):
-            return [
-                error_details_pb2.ResourceInfo(resource_type="concept", resource_name=_clip(token))
-            ]
+            return [_resource("concept", token)]
+        case UnknownTraining(training_id=training_id):
+            return [_resource("training", training_id)]
         case _:
             return []
+
+
+def _resource(kind: str, name: str) -> Message:
+    return error_details_pb2.ResourceInfo(resource_type=kind, resource_name=_clip(name))
 
 
 def _pack(detail: Message) -> Any:

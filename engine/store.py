@@ -7,7 +7,6 @@ away. Files that are not the store's own are never touched.
 """
 
 import hashlib
-import os
 import re
 import sqlite3
 import tempfile
@@ -30,7 +29,7 @@ from engine.errors import (
     UnknownConcept,
     quoted,
 )
-from engine.files import write_atomically
+from engine.files import sync_folder, write_atomically
 
 DEFAULT_TENANT = "default"
 INDEX = "concepts.sqlite3"
@@ -95,7 +94,7 @@ class ConceptStore:
             self._index = _open_index(self._index_path)
             self._index_file = _identity(self._index_path)
             self._files.mkdir(exist_ok=True)
-            _sync_folder(folder)
+            sync_folder(folder)
             self._sweep()
 
     @classmethod
@@ -129,7 +128,7 @@ class ConceptStore:
                 _check_taken(old, new)
                 return old, False
             write_atomically(self._path(new.file_sha256), content)
-            _sync_folder(self._files)
+            sync_folder(self._files)
             if old and old.file_sha256 == new.file_sha256:
                 return old, False
             _insert(index, tenant, new)
@@ -288,15 +287,6 @@ def _refuse_other_things(folder: Path) -> None:
         raise ConfigError(
             f"{folder} holds other things and no concept store; name a new or an empty folder"
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk: syncing a file does not sync its name (fsync(2))."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.batcher import BatcherConfig
 from engine.requests import Limits
 from engine.server import ServerConfig, serve
+from engine.training_config import TrainingConfig
 
 _FLAGS = {
     "listen": "address to listen on; port 0 takes a free one",
@@ -16,11 +17,21 @@ _FLAGS = {
     "execution_provider": "ONNX Runtime execution provider",
     "grace_s": "seconds that requests under way get when the server is told to stop",
 }
+# Of flags without a default; the others are paths.
+_OPTIONAL_TYPES = {"training_device": str}
 _BATCHER_FLAGS = {
     "max_batch_rows": "rows of one call at the model's own size (guidance makes two of an image); "
     "fewer of larger images",
     "max_images_in_flight": "images that advance together",
     "max_queued_images": "images that may wait; more are refused",
+}
+_TRAINING_FLAGS = {
+    "training_model": "diffusers folder that the bundle was built from; without it the server "
+    "does not learn words (needs oneword[train])",
+    "training_dir": "folder of the trainings (default: beside --concept-dir)",
+    "training_device": "PyTorch device that learns (default: a GPU if there is one)",
+    "max_training_jobs": "trainings that learn at the same time",
+    "max_queued_trainings": "trainings that may wait; more are refused",
 }
 
 
@@ -29,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, help="folder by build_engines.py")
     _add_flags(parser, ServerConfig, _FLAGS)
     _add_flags(parser, BatcherConfig, _BATCHER_FLAGS)
+    _add_flags(parser, TrainingConfig, _TRAINING_FLAGS)
     parser.add_argument(
         "--max-pixels",
         type=int,
@@ -48,7 +60,7 @@ def _add_flags(parser: argparse.ArgumentParser, config: type, flags: dict[str, s
         default = defaults[name]
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=Path if default is None else type(default),
+            type=_OPTIONAL_TYPES.get(name, Path) if default is None else type(default),
             default=default,
             help=summary + ("" if default is None else f" (default: {default})"),
         )
@@ -58,9 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until told to stop; the server tells what it does on stderr."""
     logging.getLogger("engine").setLevel(logging.INFO)
     batcher = BatcherConfig(**{name: getattr(arguments, name) for name in _BATCHER_FLAGS})
+    training = TrainingConfig(**{name: getattr(arguments, name) for name in _TRAINING_FLAGS})
     config = ServerConfig(
         bundle=arguments.bundle,
         batcher=batcher,
+        training=training,
         limits=Limits(max_pixels=arguments.max_pixels),
         insecure=arguments.insecure,
         reflection=arguments.reflection,

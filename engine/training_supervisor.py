@@ -1,0 +1,389 @@
+"""The trainings of a server: queued, run one after another, taken up again after a restart.
+
+All methods run on the event loop; what waits for the disk runs in threads. A change of status is on
+disk before it is told. A training ends in one of four ways: its process ends well and its concept
+is stored, it says that it cannot succeed, it crashes too often, or it is cancelled. The end of the
+server is none: what was running goes on from its checkpoint when the server is back.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from engine.errors import (
+    ConceptExists,
+    InvalidRequest,
+    OneWordError,
+    QueueFull,
+    ShuttingDown,
+    StoreError,
+    TrainingNotEnded,
+    UnknownTraining,
+    quoted,
+)
+from engine.training_child import TrainingChild, describe_end
+from engine.training_config import TrainingConfig
+from engine.training_folder import Status, TrainingFolder, TrainingRecord, UploadedImage
+from engine.training_reports import Failure, Progress, Report, Skipped
+from engine.training_spec import TrainingSpec
+from engine.training_store import StoredTraining, TrainingStore
+from engine.training_uploads import Upload
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 60.0  # when a queue of trainings may have moved; how long one takes is not known
+# Stores the concept of a training and returns its id; raises an `OneWordError`.
+Publish = Callable[[TrainingFolder, TrainingSpec], str]
+
+
+class Job:
+    """A training in memory. Whoever waits for a change of it takes `changed` before `state`."""
+
+    def __init__(self, stored: StoredTraining) -> None:
+        self.folder = stored.folder
+        self.record = stored.record
+        self.state = stored.state
+        self.changed = asyncio.Event()
+        self.interrupted = asyncio.Event()  # its process is to end: cancelled, or the server stops
+        self.transition = asyncio.Lock()  # held from reading the status to having changed it
+        self.child: TrainingChild | None = None
+        self.launched = False
+
+    @property
+    def training_id(self) -> str:
+        return self.record.training_id
+
+    def announce(self, **changes: Any) -> None:
+        """Change the state in memory and wake those who wait for it."""
+        self.state = replace(self.state, **changes)
+        before, self.changed = self.changed, asyncio.Event()
+        before.set()
+
+
+class Supervisor:
+    """Owns the store of the trainings and the processes that learn."""
+
+    def __init__(
+        self,
+        store: TrainingStore,
+        config: TrainingConfig,
+        *,
+        command: Sequence[str],
+        publish: Publish,
+    ) -> None:
+        self.config = config
+        self._store = store
+        self._command = command
+        self._publish_concept = publish
+        self._jobs: dict[str, Job] = {}  # the oldest first
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(config.max_training_jobs)
+        self._creating = asyncio.Lock()
+        self._stopping = False
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    async def load(self) -> None:
+        """Take in what is on disk; nothing runs before `launch`. Raises `ConfigError`."""
+        await asyncio.to_thread(self._store.open)
+        for stored in await asyncio.to_thread(self._store.load):
+            job = Job(stored)
+            self._jobs[job.training_id] = job
+            if job.state.status == "cancelling":
+                await self._end(job, "cancelled")
+            elif job.state.has_ended:
+                await asyncio.to_thread(job.folder.shed)  # a server may have ended in between
+
+    def launch(self) -> None:
+        """Set going what waits: first what was running when a server ended, then the oldest."""
+        waiting = [
+            job for job in self._jobs.values() if not job.state.has_ended and not job.launched
+        ]
+        for job in sorted(waiting, key=lambda job: job.state.status != "running"):
+            job.launched = True
+            task = asyncio.create_task(self._run(job), name=f"training {job.training_id}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        """Let the processes save and end; the trainings go on when a server is back."""
+        self._stopping = True
+        for job in self._jobs.values():
+            job.interrupted.set()
+            job.announce()
+        async with self._creating:
+            await asyncio.gather(*self._tasks)
+            self._store.close()
+
+    # What callers ask for
+
+    def check_room(self, spec: TrainingSpec) -> None:
+        """Raise unless a new training with this spec would be taken now.
+
+        A request id that is known always is: it is answered with the training that it made.
+        """
+        if self._stopping:
+            raise ShuttingDown("the server is shutting down; try again when it is back")
+        if self._made_by(spec.request_id):
+            return
+        active = [job for job in self._jobs.values() if not job.state.has_ended]
+        queued = sum(job.state.status == "queued" for job in active)
+        if queued >= self.config.max_queued_trainings:
+            raise QueueFull(
+                f"{queued} trainings are waiting, the limit of this server; try again later, or "
+                "cancel one",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        for job in active:
+            if job.record.spec.placeholder_token == spec.placeholder_token and not spec.overwrite:
+                raise ConceptExists(
+                    f"{spec.placeholder_token!r} is being learned by training {job.training_id}; "
+                    "choose another placeholder token, or overwrite it"
+                )
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a training was made by a request of this id."""
+        return self._made_by(request_id) is not None
+
+    async def begin_upload(self) -> Upload:
+        return await asyncio.to_thread(self._store.begin_upload)
+
+    async def create(self, upload: Upload, spec: TrainingSpec) -> Job:
+        """Make a training of a finished upload, or find the one that this request made before.
+
+        The upload is this call's from now on. Not to be cancelled half-way: shield it.
+        """
+        async with self._creating:
+            try:
+                if earlier := self._made_by(spec.request_id):
+                    return _repeated(earlier, spec, upload.images)
+                self.check_room(spec)
+                record = TrainingRecord(
+                    training_id=upload.training_id,
+                    create_time=time.time(),
+                    spec=spec,
+                    images=upload.images,
+                )
+                job = Job(await asyncio.to_thread(self._store.commit, upload, record))
+            finally:
+                await asyncio.to_thread(upload.discard)  # without effect on what was committed
+            self._jobs[job.training_id] = job
+            self.launch()
+            return job
+
+    def get(self, training_id: str) -> Job:
+        """Raises `UnknownTraining`."""
+        if job := self._jobs.get(training_id):
+            return job
+        raise UnknownTraining(
+            f"no training has the id {quoted(training_id)}; it may have been deleted, or forgotten "
+            f"as one of more than {self.config.limits.max_kept_trainings} that have ended",
+            training_id=training_id,
+        )
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return tuple(self._jobs.values())
+
+    def queue_position(self, job: Job) -> int:
+        """Trainings that wait ahead of one that waits."""
+        if job.state.status != "queued":
+            return 0
+        waiting = [other for other in self._jobs.values() if other.state.status == "queued"]
+        return waiting.index(job)
+
+    async def cancel(self, training_id: str) -> Job:
+        """Have a training stop; no effect on one that has ended."""
+        job = self.get(training_id)
+        async with job.transition:
+            match job.state.status:
+                case "queued":
+                    await self._end(job, "cancelled")
+                case "running":
+                    await self._change(job, status="cancelling")
+                    job.interrupted.set()
+                case _:
+                    pass
+        return job
+
+    async def delete(self, training_id: str) -> None:
+        """Forget a training that has ended; raises `TrainingNotEnded`."""
+        job = self.get(training_id)
+        async with job.transition:
+            if not job.state.has_ended:
+                raise TrainingNotEnded(
+                    f"training {training_id} is {job.state.status}; cancel it, and delete it when "
+                    "it has ended"
+                )
+            await self._forget(job)
+
+    def _made_by(self, request_id: str) -> Job | None:
+        if not request_id:
+            return None
+        made = (job for job in self._jobs.values() if job.record.spec.request_id == request_id)
+        return next(made, None)
+
+    # The life of a training
+
+    async def _run(self, job: Job) -> None:
+        try:
+            async with self._slots:
+                if await self._begin(job):
+                    await self._learn(job)
+        except Exception:  # a bug of ours: the other trainings must go on
+            logger.exception("training %s failed", job.training_id)
+            await self._end(job, "failed", error="internal error; the server's log has it")
+
+    async def _begin(self, job: Job) -> bool:
+        async with job.transition:
+            if self._stopping or job.state.status not in ("queued", "running"):
+                return False
+            await self._change(
+                job, status="running", start_time=job.state.start_time or time.time()
+            )
+            return True
+
+    async def _learn(self, job: Job) -> None:
+        """One process after another, until the training has ended or the server stops."""
+        while True:
+            failure = await self._attempt(job)
+            async with job.transition:
+                if job.state.status == "cancelling":
+                    return await self._end(job, "cancelled")
+                if failure is None:
+                    return await self._publish(job)
+                if self._stopping:
+                    return None
+                crashes = job.state.crashes + 1
+                logger.warning("training %s: %s", job.training_id, failure.reason)
+                if not failure.retryable:
+                    return await self._end(job, "failed", error=failure.reason)
+                if crashes >= self.config.max_crashes:
+                    error = f"given up after {crashes} attempts: {failure.reason}"
+                    return await self._end(job, "failed", crashes=crashes, error=error)
+                await self._change(job, crashes=crashes)
+            await _wait(job.interrupted, self.config.retry_delay_s)
+
+    async def _attempt(self, job: Job) -> Failure | None:
+        """Run one process to its end; None if the result is there."""
+        if await asyncio.to_thread(job.folder.concept.exists):
+            return None  # it was finished when the last server ended
+        if job.interrupted.is_set():
+            return Failure(reason="interrupted", retryable=True)
+        try:
+            job.child = await TrainingChild.start(self._command, job.folder)
+        except OSError as error:
+            return Failure(
+                reason=f"the learning process cannot be started: {error.strerror}", retryable=True
+            )
+        interrupt = asyncio.create_task(self._interrupt(job, job.child))
+        try:
+            return await _listen(job, job.child)
+        finally:
+            interrupt.cancel()
+            job.child = None
+
+    async def _interrupt(self, job: Job, child: TrainingChild) -> None:
+        await job.interrupted.wait()
+        await child.stop(self.config.stop_grace_s)
+
+    async def _publish(self, job: Job) -> None:
+        try:
+            concept_id = await asyncio.to_thread(self._publish_concept, job.folder, job.record.spec)
+        except OneWordError as error:
+            logger.warning("the concept of training %s: %s", job.training_id, error)
+            return await self._end(
+                job,
+                "failed",
+                error=f"learned, but not stored: {error}; GetTraining returns the concept file",
+            )
+        await self._end(job, "succeeded", concept_id=concept_id)
+
+    async def _end(self, job: Job, status: Status, **changes: Any) -> None:
+        await self._change(job, status=status, end_time=time.time(), **changes)
+        ended = [job for job in self._jobs.values() if job.state.has_ended]
+        try:
+            await asyncio.to_thread(job.folder.shed)
+            for old in ended[: -self.config.limits.max_kept_trainings]:
+                await self._forget(old)
+        except StoreError:  # the next start of a server will tidy up
+            logger.exception("what training %s left cannot be removed", job.training_id)
+
+    async def _forget(self, job: Job) -> None:
+        await asyncio.to_thread(self._store.delete, job.folder)
+        self._jobs.pop(job.training_id, None)
+
+    async def _change(self, job: Job, **changes: Any) -> None:
+        """Change a state on disk, then in memory.
+
+        Where the disk fails, memory alone must do: a training must be stoppable on a full disk.
+        """
+        try:
+            await asyncio.to_thread(job.folder.write_state, replace(job.state, **changes))
+        except StoreError:
+            logger.exception("the state of training %s is not on disk", job.training_id)
+        job.announce(**changes)
+        if "status" in changes:
+            self._announce_queue()
+
+    def _announce_queue(self) -> None:
+        for job in self._jobs.values():
+            if job.state.status == "queued":
+                job.announce()
+
+
+def _repeated(job: Job, spec: TrainingSpec, images: tuple[UploadedImage, ...]) -> Job:
+    if not job.record.asks_the_same_as(spec, images):
+        raise InvalidRequest(
+            f"request_id {quoted(spec.request_id)} was used for training {job.training_id} with "
+            "another spec or other images; choose a new one for each training",
+            field="request_id",
+        )
+    return job
+
+
+async def _listen(job: Job, child: TrainingChild) -> Failure | None:
+    """Take in the reports of a process until it has ended; None if it ended well."""
+    failure: Failure | None = None
+    try:
+        async for report in child.reports():
+            if isinstance(report, Failure):
+                failure = report
+            else:
+                _heed(job, report)
+    except ValueError:
+        logger.exception("training %s: the learning process is not understood", job.training_id)
+        child.kill()
+    code = await child.wait()
+    if code == 0 and await asyncio.to_thread(job.folder.concept.exists):
+        return None
+    return failure or Failure(
+        reason=f"the learning process ended unexpectedly, {describe_end(code)}; if that is for "
+        "want of memory, ask for a smaller batch_size",
+        retryable=True,
+    )
+
+
+def _heed(job: Job, report: Report) -> None:
+    match report:
+        case Progress():
+            job.announce(progress=report)
+        case Skipped():
+            known = {skipped.index for skipped in job.state.skipped}
+            if report.index not in known:  # each process says so again
+                job.announce(skipped=(*job.state.skipped, report))
+        case Failure():
+            pass
+
+
+async def _wait(event: asyncio.Event, at_most_s: float) -> None:
+    try:
+        async with asyncio.timeout(at_most_s):
+            await event.wait()
+    except TimeoutError:
+        pass
