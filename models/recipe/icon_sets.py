@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from models.recipe.archives import unpack
 from models.recipe.errors import RecipeError
 from models.recipe.objects import Style
 from trainer.messages import first_line
@@ -108,7 +109,7 @@ def _fetched(package: str, version: str, work_dir: Path) -> Path:
             (archive,) = Path(staging).glob("*.tgz")
             unpacked = Path(staging) / "unpacked"
             with tarfile.open(archive) as tar:
-                tar.extractall(unpacked, filter="data")
+                unpack(tar, unpacked)
             os.replace(unpacked, folder)
     except (OSError, tarfile.TarError) as error:
         raise RecipeError(f"cannot unpack {package}@{version}: {first_line(error)}") from error

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.recipe.archives import unpack
 from models.recipe.courses import read_checkpoint
 from models.recipe.errors import RecipeError
 from models.recipe.stages import Recipe
@@ -72,7 +73,7 @@ def unpack_state(recipe: Recipe, source: Path) -> None:
     try:
         with staged_folder(recipe.folder) as staging:
             with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-                tar.extractall(staging, filter="data")
+                unpack(tar, staging)
             for course in _COURSES:
                 path = staging / f"{course}.compact"
                 if path.is_file():
