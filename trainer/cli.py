@@ -2,14 +2,11 @@
 
 import argparse
 import dataclasses
-import json
 import math
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,8 +22,10 @@ from trainer.images import TrainingImages, read_images
 from trainer.initializer_search import RankedWord
 from trainer.learn_arguments import add_learn_options
 from trainer.learning import learn
+from trainer.messages import first_line
 from trainer.model import DiffusionModel, load_model
 from trainer.options import LearnOptions
+from trainer.provenance import concept_metadata
 from trainer.quiet import quiet_libraries
 from trainer.run import LearnState
 from trainer.sampling import image_size, png_bytes, sample_images, side_by_side
@@ -204,48 +203,6 @@ class _Job:
         )
 
 
-def concept_metadata(
-    state: LearnState, options: LearnOptions, images: TrainingImages, model_name: str
-) -> dict[str, str]:
-    """How a concept came to be, as written into its file."""
-    given = {
-        name: str(value)
-        for name, value in dataclasses.asdict(options).items()
-        if value is not None and not isinstance(value, tuple)
-    }
-    if options.initializer_candidates:
-        given["initializer_candidates"] = json.dumps(options.initializer_candidates)
-    return {
-        **given,
-        "learning_rate": str(options.rate),
-        **_searched(state),
-        "best_step": str(state.best_step),  # whose vectors these are: the best evaluated
-        "initial_evaluation_loss": f"{state.initial_evaluation_loss:.6f}",
-        "final_evaluation_loss": f"{state.best_evaluation_loss:.6f}",
-        "image_sha256": json.dumps(images.sha256),
-        "model_name": model_name,
-        "trainer_version": _version(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _searched(state: LearnState) -> dict[str, str]:
-    """What a search for the initializer found: the word, and all that were compared with it."""
-    if not state.initializers:
-        return {}
-    return {
-        "initializer_token": state.initializers[0].word,
-        "initializer_losses": json.dumps(dict(state.initializers)),
-    }
-
-
-def _version() -> str:
-    try:
-        return f"oneword {version('oneword')}"
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "oneword (not installed)"
-
-
 def _report_initializers(initializers: Sequence[RankedWord]) -> None:
     words = ", ".join(f"{printable(word)} {loss:.4f}" for word, loss in initializers)
     tqdm.write(f"starts from the first of these words (with their evaluation losses): {words}")
@@ -295,7 +252,7 @@ def _load_model(arguments: argparse.Namespace) -> DiffusionModel:
             module.to(device)
     # Unknown name, PyTorch without it, or a device whose own package is missing.
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise LearningError(
             f"cannot use --device {shlex.quote(arguments.device)}: {reason}"
         ) from error

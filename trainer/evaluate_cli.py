@@ -4,8 +4,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,6 +20,7 @@ from trainer.evaluation_errors import EvaluationError
 from trainer.evaluation_prompts import PromptSet
 from trainer.evaluation_report import EvaluationReport, Judged, report_to_json, text_table
 from trainer.evaluation_subjects import Subject, read_subjects
+from trainer.provenance import now, software_version
 from trainer.tradeoff_figure import draw_figure, figure_png
 
 DEFAULT_ENCODER = "models/evaluator"
@@ -197,8 +196,8 @@ def _report(
 ) -> EvaluationReport:
     descriptions = tuple(encoder.description for encoder in encoders)
     return EvaluationReport(
-        version=_version(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=software_version(),
+        date=now(),
         seconds=round(time.monotonic() - started, 1),
         benchmark=mode.name,
         caveats=mode.caveats,
@@ -211,13 +210,6 @@ def _report(
         prompts=prompts.prompts,
         judged=tuple(judged),
     )
-
-
-def _version() -> str:
-    try:
-        return f"oneword {version('oneword')}"
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "oneword (not installed)"
 
 
 def _write(report: EvaluationReport, output: Path) -> None:

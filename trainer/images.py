@@ -22,6 +22,7 @@ from engine.requests import RgbImage
 from trainer.captions import BadCaption, read_captions
 from trainer.errors import NoUsableImages
 from trainer.masks import BadMask, masked_stem, open_mask, to_weights, transparency
+from trainer.messages import first_line
 
 # Only decoders that work in this process: Pillow would hand EPS files to an external program.
 # Pillow before 11.3 does not know AVIF, and takes an unknown name here for an error.
@@ -231,8 +232,7 @@ def _decode(path: Path, mask_path: Path | None) -> tuple[RgbImage, Image.Image |
     except (_Unusable, BadMask, MemoryError):
         raise
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise _Unusable(f"broken image: {reason}") from error
+        raise _Unusable(f"broken image: {first_line(error)}") from error
 
 
 def _unknown_format(path: Path) -> str:

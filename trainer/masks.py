@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
+from trainer.messages import first_line
+
 SUFFIXES = (".mask.png", "-masklabel.png")
 _LEAST_SHARE = 0.002  # of the square: less is a mistake, or nothing that can be learned from
 
@@ -46,8 +48,7 @@ def open_mask(path: Path, image_size: tuple[int, int]) -> Image.Image:
         with Image.open(path, formats=("PNG",)) as opened:
             mask = ImageOps.exif_transpose(opened).convert("L")
     except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error and more
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadMask(f"its mask {path.name} is broken: {reason}") from error
+        raise BadMask(f"its mask {path.name} is broken: {first_line(error)}") from error
     if mask.size != image_size:
         raise BadMask(
             f"its mask {path.name} is {mask.width} x {mask.height}, the upright image "

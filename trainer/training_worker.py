@@ -36,13 +36,13 @@ from engine.training_reports import (
     to_line,
 )
 from trainer.checkpoints import RunIdentity, read_checkpoint, write_checkpoint
-from trainer.cli import concept_metadata
 from trainer.errors import CheckpointError, LearningError, NoUsableImages
 from trainer.images import TrainingImages, read_images
 from trainer.learning import learn
 from trainer.messages import first_line
 from trainer.model import DiffusionModel, load_model
 from trainer.options import LearnOptions
+from trainer.provenance import concept_metadata
 from trainer.quiet import quiet_libraries
 from trainer.run import LearnState
 from trainer.sampling import image_size, png_bytes, sample_images
