@@ -120,15 +120,24 @@ def run_diffusers(scheduler: Any, timesteps: Any, latents: torch.Tensor, seed: i
     return latents[0]
 
 
-def run_table(rows: tuple[StepCoefficients, ...], latents: torch.Tensor, seed: int) -> torch.Tensor:
-    """As the engine does: noise is drawn from the generator for rows with c != 0, and only then."""
+def run_table(
+    rows: tuple[StepCoefficients, ...],
+    latents: torch.Tensor,
+    seed: int,
+    noise_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """As the engine does: noise is drawn from the generator for rows with c != 0, and only then.
+
+    One seed gives other noise in another dtype; by default it is drawn in that of the latents.
+    """
     generator = torch.Generator().manual_seed(seed)
     current, history = latents.numpy(), ()
     for row in rows:
         noise_pred = model(torch.from_numpy(row.s * current), row.timestep).numpy()
         noise = None
         if row.c != 0.0:
-            noise = torch.randn(SHAPE, generator=generator, dtype=latents.dtype).numpy()
+            drawn = torch.randn(SHAPE, generator=generator, dtype=noise_dtype or latents.dtype)
+            noise = drawn.to(latents.dtype).numpy()
         current, history = step(current, noise_pred, history, noise, row)
     return torch.from_numpy(current)
 
@@ -156,7 +165,8 @@ def image_to_image_runs(
         scheduler, timesteps, scheduler.add_noise(image[None], noise, timesteps[:1])[0], seed
     )
     latents = rows[0].k0 * image + rows[0].k1 * noise
-    return run_table(rows, latents, seed), expected, run_table(rows, latents.double(), seed)
+    exact = run_table(rows, latents.double(), seed, noise_dtype=torch.float32)
+    return run_table(rows, latents, seed), expected, exact
 
 
 def test_there_are_twenty_samplers_and_karras_variants_where_diffusers_has_them() -> None:
