@@ -125,8 +125,8 @@ def page(results: Sequence[Measured], info: dict[str, Any]) -> str:
         "# Ways of learning a word, compared",
         "",
         f"`python -m benchmarks.learning`, {info['date']}, {info['processor']}, {info['cores']} "
-        f"cores, one thread a run. The embedded model; {len(words)} objects that it has never seen "
-        f"({', '.join(sorted(words))}), {len(seeds)} seed(s). Means; in brackets the standard "
+        f"cores, one thread a run. The embedded model; words for objects that it has never seen: "
+        f"{', '.join(sorted(words))}; seeds: {len(seeds)}. Means; in brackets the standard "
         "deviation over the words. Similarity: the evaluator's cosine to the images; edited: on a "
         "background of another colour. Times were taken beside other work and say little.",
         "",
