@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny_model import XL_DIMS, make_tiny_xl_model
-from trainer.checkpoints import model_fingerprint
+from trainer.fingerprint import model_fingerprint
 from trainer.images import TrainingImages
 from trainer.initializer import initial_vectors, word_norm
 from trainer.learning import learn

@@ -4,12 +4,9 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import nn
-
-from trainer.model import DiffusionModel, Encoder
+from trainer.fingerprint import model_fingerprint
+from trainer.model import DiffusionModel
 from trainer.sources import digest_of_sources
 
 PACKAGES = ("torch", "diffusers", "transformers", "onnx")
@@ -24,6 +21,7 @@ SOURCES = (
     "trainer/encoder_modules.py",
     "trainer/export.py",
     "trainer/families.py",
+    "trainer/fingerprint.py",
     "trainer/ldm_pipeline.py",
     "trainer/model.py",
     "trainer/onnx_graphs.py",
@@ -45,48 +43,16 @@ def build_key(
     samplers_key: str,
     sources: Sequence[str] = SOURCES,
 ) -> str:
-    """SHA-256 over weights, configs, tokenizer, options, versions and the exporter's own code.
+    """SHA-256 over the model, options, versions and the exporter's own code.
 
     Of the loaded parts and not of the files, so that a hub id and a folder are treated alike.
     """
-    digest = hashlib.sha256(
-        json.dumps(
-            {
-                "sources": digest_of_sources(sources),
-                "precision": precision,
-                "samplers": samplers_key,
-                "versions": package_versions(),
-                "name": model.name,
-                "family": model.family.name,
-                "zero_empty_negative": model.zero_empty_negative,
-                "text_encoders": [_described(encoder) for encoder in model.encoders],
-                "unet": _public(model.unet.config),
-                "vae": _public(model.vae.config),
-                "scheduler": _public(model.scheduler_config),
-            },
-            sort_keys=True,
-            default=str,
-        ).encode()
-    )
-    for module in model.modules.values():
-        _update(digest, module)
-    return digest.hexdigest()
-
-
-def _described(encoder: Encoder) -> dict[str, Any]:
-    return {
-        "config": _public(encoder.text_encoder.config.to_dict()),
-        "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),
-        "special_tokens": encoder.tokenizer.special_tokens_map,
+    described = {
+        "sources": digest_of_sources(sources),
+        "precision": precision,
+        "samplers": samplers_key,
+        "versions": package_versions(),
+        "name": model.name,
+        "model": model_fingerprint(model),
     }
-
-
-def _public(config: Any) -> dict[str, Any]:
-    """Without the private keys: they say where the model lies, not what it is."""
-    return {key: value for key, value in dict(config).items() if not key.startswith("_")}
-
-
-def _update(digest: Any, module: nn.Module) -> None:
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

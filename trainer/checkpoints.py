@@ -16,9 +16,10 @@ from torch import Tensor
 
 from engine.files import write_atomically
 from trainer.errors import CheckpointError
+from trainer.fingerprint import model_fingerprint
 from trainer.images import TrainingImages
 from trainer.initializer_search import RankedWord
-from trainer.model import DiffusionModel, Encoder
+from trainer.model import DiffusionModel
 from trainer.options import LearnOptions
 from trainer.run import LearnState
 
@@ -90,39 +91,6 @@ class RunIdentity:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def model_fingerprint(model: DiffusionModel) -> str:
-    """SHA-256 over every weight, the configs of all parts, noise schedule and tokenizer.
-
-    Of the loaded parts, so that it depends neither on where the model lies nor on the device.
-    """
-    described = {
-        "text_encoders": [_described(encoder) for encoder in model.encoders],
-        "unet": _public(model.unet.config),
-        "vae": _public(model.vae.config),
-        "scheduler": _public(model.scheduler_config),
-    }
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    for part, module in model.modules.items():
-        for name, weight in module.state_dict().items():
-            digest.update(f"{part}.{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            # As bytes, since NumPy lacks bfloat16; flat, since a scalar cannot be viewed so.
-            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _described(encoder: Encoder) -> dict[str, Any]:
-    return {
-        "config": _public(encoder.text_encoder.config.to_dict()),
-        "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),
-        "special_tokens": encoder.tokenizer.special_tokens_map,
-    }
-
-
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the private keys: they say where the model lies, not what it is."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def write_checkpoint(path: Path, state: LearnState, identity: RunIdentity) -> None:
