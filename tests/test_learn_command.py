@@ -93,6 +93,18 @@ def test_concept_file_holds_the_best_vectors_and_how_they_came_to_be(
     assert f"evaluation loss {initial:.4f} -> " in printed
 
 
+def test_denoiser_can_be_in_half_precision_and_in_parts(model_path: Path, folder: Path) -> None:
+    arguments = _arguments(model_path, folder)
+    assert cli.run(arguments) == 0
+    whole = read_concept(arguments.output)
+    assert whole.metadata["precision"] == "float32"
+    flags = ("--precision", "bfloat16", "--max-rows", "1", "--gradient-checkpointing")
+    assert cli.run(_arguments(model_path, folder, *flags)) == 0
+    half = read_concept(arguments.output)
+    assert half.metadata["precision"] == "bfloat16"
+    assert half.concept_id != whole.concept_id
+
+
 def test_masks_and_captions_are_used_and_reported(
     model_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

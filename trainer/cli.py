@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 from tqdm import tqdm
@@ -21,10 +21,11 @@ from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
 from trainer.images import TrainingImages, read_images
 from trainer.initializer_search import RankedWord
 from trainer.learn_arguments import add_learn_options
-from trainer.learning import learn
+from trainer.learning import MAX_ROWS, learn
 from trainer.messages import first_line
 from trainer.model import DiffusionModel, load_model
 from trainer.options import LearnOptions
+from trainer.precision import Precision, unet_dtype
 from trainer.provenance import concept_metadata
 from trainer.quiet import quiet_libraries
 from trainer.run import LearnState
@@ -54,6 +55,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="PyTorch device (%(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="auto",
+        help="of the denoiser; auto: bfloat16 on a GPU that has it, else float32 (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-rows",
+        type=_positive,
+        metavar="N",
+        default=MAX_ROWS,
+        help="samples in one pass of the denoiser: fewer need less memory (%(default)s)",
+    )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute the denoiser twice instead of keeping it: slower, in less memory",
+    )
 
 
 def _positive(text: str) -> int:
@@ -132,7 +151,13 @@ class _Job:
         state = self.resume_from
         try:
             with tqdm(total=self.options.steps, initial=state.step if state else 0) as bar:
-                states = learn(self.model, self.images, self.options, resume_from=state)
+                states = learn(
+                    self.model,
+                    self.images,
+                    self.options,
+                    resume_from=state,
+                    max_rows=self.arguments.max_rows,
+                )
                 for state in states:
                     self._attend(state, bar)
         except KeyboardInterrupt as interrupt:
@@ -192,7 +217,7 @@ class _Job:
             self.model,
             state.best_vectors,
             placeholder_token=self.arguments.placeholder_token,
-            metadata=concept_metadata(state, self.options, self.images, self.model.name),
+            metadata=concept_metadata(state, self.options, self.images, self.model),
         )
         write_concept(concept, self.arguments.output)
         self.checkpoint.unlink(missing_ok=True)
@@ -244,7 +269,10 @@ def _check_output(output: Path) -> None:
 
 
 def _load_model(arguments: argparse.Namespace) -> DiffusionModel:
-    model = load_model(arguments.model, revision=arguments.revision)
+    dtype = unet_dtype(arguments.precision, arguments.device)
+    model = load_model(arguments.model, revision=arguments.revision, unet_dtype=dtype)
+    if arguments.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
     try:
         device = torch.device(arguments.device)
         torch.ones(1, device=device).add(1).item()  # `meta` takes weights, but computes nothing

@@ -23,15 +23,19 @@ def learn(
     options: LearnOptions,
     *,
     resume_from: LearnState | None = None,
+    max_rows: int = MAX_ROWS,
 ) -> Iterator[LearnState]:
     """Yield the state before the first step (unless resumed), then after each step.
 
-    The result is `best_vectors` of the last state. A step whose loss, gradient or evaluation is NaN
-    or infinite yields the last evaluated state again, to go on from with half the learning rate.
+    A step of more than `max_rows` samples takes several passes of the denoiser. The result is
+    `best_vectors` of the last state. A step whose loss, gradient or evaluation is NaN or infinite
+    yields the last evaluated state again, to go on from with half the learning rate.
     Raises `Diverged` when that has not helped `MAX_ROLLBACKS` times, or `NoGradient`; the state
     yielded before is then the last good one.
     """
-    for (state,) in learn_together(model, [images], [options], resume_from=[resume_from]):
+    for (state,) in learn_together(
+        model, [images], [options], resume_from=[resume_from], max_rows=max_rows
+    ):
         yield state
 
 
@@ -46,9 +50,9 @@ def learn_together(
     """Learn several concepts of one model at once; yields the states of all, in their order.
 
     Each concept has its own images, options, draws, evaluation and end, and becomes what it would
-    become alone, to the rounding of sums. A pass of the denoiser holds the samples of as many
-    unfinished concepts as have together at most `max_rows`, or of one. One that is finished keeps
-    its last state. Errors are those of `learn`, and name the concept.
+    become alone, to the rounding of sums. A pass of the denoiser holds at most `max_rows` samples:
+    of as many unfinished concepts as fit, or a part of one's. One that is finished keeps its last
+    state. Errors are those of `learn`, and name the concept.
     """
     count = len(images)
     runs = [
@@ -62,7 +66,7 @@ def learn_together(
     while unfinished := [place for place in range(count) if not runs[place].ends_at(states[place])]:
         for group in _grouped(unfinished, [run.options.batch_size for run in runs], max_rows):
             advanced = _advance(
-                [runs[place] for place in group], [states[place] for place in group]
+                [runs[place] for place in group], [states[place] for place in group], max_rows
             )
             for place, state in zip(group, advanced, strict=True):
                 states[place] = state
@@ -80,14 +84,17 @@ def _grouped(places: Sequence[int], rows: Sequence[int], max_rows: int) -> list[
     return groups
 
 
-def _advance(runs: Sequence["Run"], states: Sequence[LearnState]) -> list[LearnState]:
+def _advance(
+    runs: Sequence["Run"], states: Sequence[LearnState], max_rows: int
+) -> list[LearnState]:
     """One step of each run in one pass: a pure function of their states."""
     drawn = [run.draw(state) for run, state in zip(runs, states, strict=True)]
     results = losses_and_gradients(
         [
             Trial(objective=run.objective, vectors=state.vectors, batch=batch)
             for run, state, (batch, _) in zip(runs, states, drawn, strict=True)
-        ]
+        ],
+        max_rows=max_rows,
     )
     return [
         run.after(replace(state, rng_state=rng_state), loss, gradient)

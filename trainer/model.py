@@ -140,12 +140,14 @@ class DiffusionModel:
 
 
 def load_model(
-    model: str | Path, *, revision: str | None = None, dtype: torch.dtype = torch.float32
+    model: str | Path, *, revision: str | None = None, unet_dtype: torch.dtype = torch.float32
 ) -> DiffusionModel:
-    """Load a diffusers folder or hub id, in `dtype`, without safety checker; safetensors only.
+    """Load a diffusers folder or hub id without safety checker; safetensors only.
 
     Weights are read from the plain files, or from the `fp16` variant where those are missing.
-    Token embeddings stay float32 in any case: they are what concepts are measured against.
+    Only the denoiser can be in another precision than float32: text encoders and autoencoder cost
+    little, half precision hurts the vectors' gradient and overflows some autoencoders (SDXL's).
+    Denoiser and autoencoder have channels last, which convolutions are faster with.
     Raises `ModelError` for a model that is missing, broken or not supported.
     """
     source = _source(model)
@@ -168,19 +170,19 @@ def load_model(
             spec=spec,
             tokenizer=_load_tokenizer(source, revision, spec),
             token_embedding=text_encoder.get_input_embeddings().weight.detach().clone(),
-            text_encoder=text_encoder.to(dtype).requires_grad_(False).eval(),
+            text_encoder=text_encoder.requires_grad_(False).eval(),
         )
 
     loaded = DiffusionModel(
         name=Path(source).name,
         family=family,
         encoders=tuple(encoder(spec) for spec in family.encoders),
-        unet=part(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=dtype)
-        .requires_grad_(False)
-        .eval(),
-        vae=part(AutoencoderKL.from_pretrained, family.vae, torch_dtype=dtype)
-        .requires_grad_(False)
-        .eval(),
+        unet=_channels_last(
+            part(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=unet_dtype)
+        ),
+        vae=_channels_last(
+            part(AutoencoderKL.from_pretrained, family.vae, torch_dtype=torch.float32)
+        ),
         scheduler_config=scheduler_config,
         zero_empty_negative=family.zero_empty_negative
         and bool(index.get("force_zeros_for_empty_prompt", True)),
@@ -190,6 +192,13 @@ def load_model(
 
 
 _T = TypeVar("_T")
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def _channels_last(module: _Module) -> _Module:
+    """The module frozen, in eval mode and with the weights of its convolutions channels last."""
+    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return module.requires_grad_(False).eval()
 
 
 def _source(model: str | Path) -> str:

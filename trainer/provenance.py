@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 from trainer.images import TrainingImages
+from trainer.model import DiffusionModel
 from trainer.options import LearnOptions
 from trainer.run import LearnState
 
 
 def concept_metadata(
-    state: LearnState, options: LearnOptions, images: TrainingImages, model_name: str
+    state: LearnState, options: LearnOptions, images: TrainingImages, model: DiffusionModel
 ) -> dict[str, str]:
     """How a concept came to be, as written into its file."""
     given = {
@@ -29,7 +30,8 @@ def concept_metadata(
         "initial_evaluation_loss": f"{state.initial_evaluation_loss:.6f}",
         "final_evaluation_loss": f"{state.best_evaluation_loss:.6f}",
         "image_sha256": json.dumps(images.sha256),
-        "model_name": model_name,
+        "model_name": model.name,
+        "precision": str(model.unet.dtype).removeprefix("torch."),  # of the denoiser
         "trainer_version": software_version(),
         "date": now(),
     }

@@ -44,13 +44,13 @@ def sample_images(
     latents = _noise(model, len(prompts), size, seed)
     for timestep in scheduler.timesteps:
         (both,) = model.unet(
-            torch.cat([latents] * 2),
+            torch.cat([latents] * 2).to(model.unet.dtype),
             timestep,
-            prompt_embeds,
+            prompt_embeds.to(model.unet.dtype),
             added_cond_kwargs=added_inputs,
             return_dict=False,
         )
-        unconditional, conditional = both.chunk(2)
+        unconditional, conditional = both.float().chunk(2)
         noise_pred = unconditional + guidance_scale * (conditional - unconditional)
         latents = scheduler.step(noise_pred, timestep, latents, return_dict=False)[0]
     return _decode(model, latents)
@@ -82,7 +82,7 @@ def _noise(
     generator = torch.Generator().manual_seed(seed)
     side = size // model.scale_factor
     shape = (count, model.unet.config["in_channels"], side, side)
-    return torch.randn(shape, generator=generator).to(model.unet.device, model.unet.dtype)
+    return torch.randn(shape, generator=generator).to(model.unet.device)
 
 
 def _decode(

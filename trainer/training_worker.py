@@ -42,6 +42,7 @@ from trainer.learning import learn
 from trainer.messages import first_line
 from trainer.model import DiffusionModel, load_model
 from trainer.options import LearnOptions
+from trainer.precision import unet_dtype
 from trainer.provenance import concept_metadata
 from trainer.quiet import quiet_libraries
 from trainer.run import LearnState
@@ -170,7 +171,7 @@ class Run:
         record = folder.read_record()
         token = record.spec.placeholder_token
         options = LearnOptions(**record.spec.options)
-        model = load_model(arguments.model)
+        model = load_model(arguments.model, unet_dtype=unet_dtype("auto", arguments.device))
         for module in model.modules.values():
             module.to(torch.device(arguments.device))
         try:
@@ -203,7 +204,7 @@ class Run:
             raise
         if state is None:
             raise LearningError("the run yielded no state")
-        metadata = concept_metadata(state, self.options, self.images, self.model.name)
+        metadata = concept_metadata(state, self.options, self.images, self.model)
         concept = as_concept(
             self.model,
             state.best_vectors,
