@@ -15,7 +15,7 @@ import json
 import re
 import struct
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,9 +38,12 @@ MAX_NUM_VECTORS = 75
 MAX_DIM = 8192
 MAX_PLACEHOLDER_LENGTH = 64
 _PICKLE_BEGINNINGS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# What we, kohya, OneTrainer and SDXL's tools call the tensors of a file: the names of text encoders
-# or of nothing, which would do nothing as a token.
-KEYS_WITHOUT_A_NAME = (TENSOR_NAME, "emb_params", "emp_params", "clip_l", "clip_g")
+# What we, kohya, OneTrainer, A1111, pivotal tuning and SDXL's tools call the tensors of a file: the
+# names of text encoders or of nothing, which would do nothing as a token.
+KEYS_WITHOUT_A_NAME = (TENSOR_NAME, "emb_params", "emp_params", "clip_l", "clip_g",
+                       "text_encoders_0", "text_encoders_1", "string_to_param")  # fmt: skip
+KEYS_OF_T5 = ("t5", "t5xxl")
+_OUTPUT = "_out"
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 FileFormat = Literal["oneword", "diffusers"]
 
@@ -326,6 +329,7 @@ def _from_diffusers(
             "placeholder token"
         )
     ((token, vectors),) = tensors.items()
+    refuse_unusable_keys(tensors.keys(), source)
     if token in KEYS_WITHOUT_A_NAME and not placeholder_token:
         raise ConceptUnreadable(
             f"{source} does not say its placeholder token (its key is {token!r}); name one, for "
@@ -336,6 +340,23 @@ def _from_diffusers(
         placeholder_token=placeholder_token or token,
         learned_embeddings=as_vectors(vectors, source),
     )
+
+
+def refuse_unusable_keys(keys: Collection[str], source: str) -> None:
+    """Refuse vectors for what no model here has: T5, or (OneTrainer) a text encoder's *output*."""
+    if t5 := sorted(set(keys) & {*KEYS_OF_T5}):
+        raise ConceptUnreadable(
+            f"{source} holds {', '.join(t5)}: vectors for a T5 text encoder, which no supported "
+            "model has; learn the word on a Stable Diffusion or latent diffusion model"
+        )
+    if outputs := sorted(
+        key for key in keys if key.removesuffix(_OUTPUT) in {*KEYS_WITHOUT_A_NAME} - {key}
+    ):
+        raise ConceptUnreadable(
+            f"{source} holds {', '.join(outputs)}: vectors for the output of the text encoder, "
+            "which nothing here can use; learn it without output embeddings (OneTrainer's "
+            "is_output_embedding)"
+        )
 
 
 def as_vectors(array: np.ndarray, source: str) -> Float32[np.ndarray, "num_vectors dim"]:

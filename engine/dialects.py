@@ -30,6 +30,7 @@ from engine.concepts import (
     derived_metadata,
     read_concept_file,
     read_safetensors,
+    refuse_unusable_keys,
 )
 from engine.errors import ConceptUnreadable, quoted
 from engine.inert_pickles import Record
@@ -46,9 +47,6 @@ TORCH_SUFFIXES = (".pt", ".bin", ".pth", ".ckpt")
 STRING_TO_PARAM, STRING_TO_TOKEN = "string_to_param", "string_to_token"
 ANY_WORD = "*"  # AUTOMATIC1111 calls every concept so
 _TWO_ENCODERS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
-_NAMELESS = {*KEYS_WITHOUT_A_NAME, *(key for pair in _TWO_ENCODERS for key in pair)}
-_OTHER_ENCODERS = {"t5", "t5xxl"}
-_OUTPUT = "_out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +167,7 @@ def _of_tensors(
 ) -> tuple[_Entry, ...]:
     """A flat file: the keys are tokens, or say what text encoder the vectors are for."""
     keys = set(tensors)
-    _refuse_outputs(keys, source)
+    refuse_unusable_keys(keys, source)
     token = metadata.get("placeholder_token")  # in files of ours in other tools' formats
     for first, second in _TWO_ENCODERS:
         if keys == {first, second}:
@@ -177,24 +175,13 @@ def _of_tensors(
             return (_Entry(token=token, vectors=vectors, vectors_2=vectors_2, metadata=metadata),)
         if second in keys:
             raise ConceptUnreadable(_mixed(keys, source, f"{second!r} belongs with {first!r}"))
-    if keys & (_NAMELESS | _OTHER_ENCODERS):
-        if len(keys) > 1 or keys & _OTHER_ENCODERS:
+    if keys & {*KEYS_WITHOUT_A_NAME}:
+        if len(keys) > 1:
             raise ConceptUnreadable(_mixed(keys, source, "they do not make a concept together"))
         return (_Entry(token=token, vectors=tensors[keys.pop()], metadata=metadata),)
     return tuple(
         _Entry(token=key, vectors=vectors, metadata=metadata) for key, vectors in tensors.items()
     )
-
-
-def _refuse_outputs(keys: set[str], source: str) -> None:
-    """OneTrainer can also learn what the text encoder's *output* is replaced with."""
-    outputs = sorted(key for key in keys if key.removesuffix(_OUTPUT) in _NAMELESS - {key})
-    if outputs:
-        raise ConceptUnreadable(
-            f"{source} holds {', '.join(outputs)}: vectors for the output of the text encoder, "
-            "which nothing here can use; learn it without output embeddings (OneTrainer's "
-            "is_output_embedding)"
-        )
 
 
 def _mixed(keys: set[str], source: str, why: str) -> str:

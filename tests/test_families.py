@@ -21,7 +21,8 @@ from engine.errors import BundleError, ConceptMismatch
 from engine.families import added_input_names, time_ids
 from engine.pipeline import ImageInFlight, Pipeline
 from engine.requests import GenerationRequest
-from tests.families import draw, grow, random_vectors
+from tests import families
+from tests.families import MIN_PSNR_DB, TEMPLATES, draw, grow, random_vectors
 from tests.tiny_model import XL_DIMS, XL_POOLED_DIM, make_tiny_model, make_tiny_xl_model
 from trainer.diffusion_loss import diffusion_loss
 from trainer.export import BuildReport, build_bundle
@@ -33,10 +34,8 @@ from trainer.sampling import sample_images
 from trainer.splicing import TemplatePrompts, as_concept
 from trainer.text_encoder import PromptEncoder
 
-# Of words that the tiny tokenizer has whole: others are several tokens each.
-TEMPLATES = ("a photo of {}", "a drawing of the {}", "{} in the morning", "red {}")
-# Rounding to 8 bits alone gives 58.9 dB; the rest is float32 in another order.
-MIN_PSNR_DB = 55.0
+# Fixtures.
+model, report, pipeline = families.model, families.report, families.pipeline
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its encoders say `eos_token_id` 2, as the second one of SDXL does."""
     path = tmp_path_factory.mktemp("models") / "xl"
     return make_tiny_xl_model(path, sd1_eos_token_id=True)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> DiffusionModel:
-    return load_model(folder)
-
-
-@pytest.fixture(scope="module")
-def report(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildReport:
-    output = tmp_path_factory.mktemp("bundles") / "xl"
-    return build_bundle(folder, output, samplers=["ddim"], max_steps=8)
-
-
-@pytest.fixture(scope="module")
-def pipeline(report: BuildReport) -> Pipeline:
-    return Pipeline.open(report.path)
 
 
 @pytest.fixture(scope="module")

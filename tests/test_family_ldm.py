@@ -21,7 +21,8 @@ from engine.errors import ConceptMismatch, UnknownConcept
 from engine.pipeline import Pipeline
 from engine.prompts import PromptReader
 from engine.requests import GenerationRequest
-from tests.families import draw, grow, random_vectors
+from tests import families
+from tests.families import MIN_PSNR_DB, TEMPLATES, draw, grow, random_vectors
 from tests.tiny_model import LDM_DIM, make_tiny_ldm_model
 from trainer import cli
 from trainer.diffusion_loss import diffusion_loss
@@ -36,32 +37,16 @@ from trainer.sampling import sample_images
 from trainer.splicing import TemplatePrompts, as_concept, plain_tokenizer, text_spec
 
 MAX_TOKENS = 77
-TEMPLATES = ("a photo of {}", "a drawing of the {}", "{} in the morning", "red {}")
 # float32 through two layers in two runtimes.
 ATOL = 1e-5
-# Rounding to 8 bits alone gives 58.9 dB; the rest is float32 in another order.
-MIN_PSNR_DB = 55.0
+
+# Fixtures.
+model, report, pipeline = families.model, families.report, families.pipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_ldm_model(tmp_path_factory.mktemp("models") / "ldm")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> DiffusionModel:
-    return load_model(folder)
-
-
-@pytest.fixture(scope="module")
-def report(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildReport:
-    output = tmp_path_factory.mktemp("bundles") / "ldm"
-    return build_bundle(folder, output, samplers=["ddim"], max_steps=8)
-
-
-@pytest.fixture(scope="module")
-def pipeline(report: BuildReport) -> Pipeline:
-    return Pipeline.open(report.path)
 
 
 @pytest.fixture(scope="module")

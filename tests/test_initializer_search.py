@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.learning_setup import objective_of, random_images, tiny_model
+from tests import learning_setup
+from tests.learning_setup import objective_of
 from tests.tiny_model import make_tiny_xl_model
 from trainer import initializer_search
 from trainer.errors import LearningError
@@ -27,15 +28,8 @@ from trainer.updates import shortened
 
 WORDS = ["an", "of", "in", "the", "cat", "dog", "photo", "drawing", "red", "morning"]
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def images() -> TrainingImages:
-    return random_images()
+# Fixtures.
+model_path, model, images = learning_setup.model_path, learning_setup.model, learning_setup.images
 
 
 def _start(model: DiffusionModel, vectors: Vectors) -> Vectors:

@@ -11,14 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from tests.learning_setup import (
-    SIZE,
-    TEMPLATES,
-    left_half,
-    objective_of,
-    random_images,
-    tiny_model,
-)
+from tests import learning_setup
+from tests.learning_setup import OPTIONS, SIZE, TEMPLATES, left_half, objective_of, random_images
 from tests.tiny_model import XL_DIMS, make_tiny_xl_model
 from trainer.checkpoints import RunIdentity, read_checkpoint, write_checkpoint
 from trainer.diffusion_loss import add_noise
@@ -37,17 +31,8 @@ from trainer.stopping import DeterministicVariance
 from trainer.templates import OBJECT_TEMPLATES
 from trainer.timesteps import FOCUS_DEVIATION, FOCUS_MEAN, focused_cdf, stratified_timesteps
 
-OPTIONS = LearnOptions(steps=6, batch_size=2, eval_every=3)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def images() -> TrainingImages:
-    return random_images()
+# Fixtures.
+model_path, model, images = learning_setup.model_path, learning_setup.model, learning_setup.images
 
 
 def _states(
