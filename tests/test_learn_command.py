@@ -23,6 +23,7 @@ from engine.files import sha256_of_file
 from tests.tiny_model import make_tiny_model
 from trainer import cli
 from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
+from trainer.learn_arguments import options_from
 from trainer.learning import learn
 from trainer.model import load_model
 from trainer.objective import Objective
@@ -60,11 +61,8 @@ def _arguments(model: Path, folder: Path, *more: str) -> argparse.Namespace:
 def test_defaults_of_the_command_are_those_of_the_options(model_path: Path, folder: Path) -> None:
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
-    parsed = vars(
-        parser.parse_args(["i", "--model", "m", "--output", "o", "--placeholder-token", "<x>"])
-    )
-    names = LearnOptions.__dataclass_fields__
-    assert LearnOptions(**{name: parsed[name] for name in names}) == LearnOptions()
+    parsed = parser.parse_args(["i", "--model", "m", "--output", "o", "--placeholder-token", "<x>"])
+    assert options_from(parsed) == LearnOptions()
 
 
 def test_concept_file_holds_the_best_vectors_and_how_they_came_to_be(

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.learning_setup import left_half, objective_of, random_images, tiny_model
 from tests.tiny_model import XL_DIMS, make_tiny_xl_model
 from trainer.errors import Diverged
 from trainer.images import TrainingImages
 from trainer.learning import learn, learn_together
+from trainer.material import Part, losses_and_gradients
 from trainer.model import DiffusionModel, load_model
-from trainer.objective import Trial, losses_and_gradients
 from trainer.options import LearnOptions
 
 # What is meant to differ between concepts differs: length, seed, rule, end, evaluations.
@@ -64,21 +65,17 @@ def test_a_concept_in_company_is_the_concept_alone(
 def test_each_concept_has_its_own_loss_and_gradient(
     model: DiffusionModel, images: list[TrainingImages]
 ) -> None:
-    trials: list[Trial] = []
+    runs: list[tuple[Tensor, list[Part]]] = []
     for place, own in enumerate(images):
         objective = objective_of(model, own, num_vectors=place + 1)
         generator = torch.Generator().manual_seed(place)
-        trials.append(
-            Trial(
-                objective=objective,
-                vectors=0.3 * torch.randn((place + 1, model.dims[0]), generator=generator),
-                batch=objective.draw(place + 2, generator),
-            )
-        )
-    for trial, (loss, gradient) in zip(
-        trials, losses_and_gradients(trials, max_rows=99), strict=True
+        vectors = 0.3 * torch.randn((place + 1, model.dims[0]), generator=generator)
+        batch = objective.draw(place + 2, generator)
+        runs.append((vectors, [Part(objective=objective, batch=batch)]))
+    for (vectors, (part,)), (loss, gradient) in zip(
+        runs, losses_and_gradients(runs, max_rows=99), strict=True
     ):
-        expected, wanted = trial.objective.loss_and_gradient(trial.vectors, trial.batch)
+        expected, wanted = part.objective.loss_and_gradient(vectors, part.batch)
         # float32 sums in another order.
         assert loss == pytest.approx(expected, rel=1e-5)
         scale = wanted.abs().max().item()

@@ -23,7 +23,7 @@ from trainer.model import DiffusionModel
 from trainer.options import LearnOptions
 from trainer.run import LearnState
 
-FORMAT = "oneword-checkpoint/3"
+FORMAT = "oneword-checkpoint/4"
 _TENSORS = (
     "vectors",
     "first_moment",
@@ -165,10 +165,23 @@ def _scalars(text: str) -> dict[str, Any]:
 def _checked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if set(tensors) != set(_TENSORS):
         raise ValueError(f"it holds {sorted(tensors)}")
-    shape = tensors["vectors"].shape
+    shape = tuple(tensors["vectors"].shape)
     for name in _TENSORS:
         expected = torch.uint8 if name == "rng_state" else torch.float32
-        wrong_shape = name != "rng_state" and tensors[name].shape != shape
-        if tensors[name].dtype != expected or wrong_shape:
-            raise ValueError(f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}")
+        found = tuple(tensors[name].shape)
+        if tensors[name].dtype != expected or not (
+            name == "rng_state" or _fits(name, found, shape)
+        ):
+            raise ValueError(f"{name} is {tensors[name].dtype} {found}")
     return dict(tensors)
+
+
+def _fits(name: str, found: tuple[int, ...], vectors: tuple[int, ...]) -> bool:
+    """Whether a tensor of a state has a shape that it can have beside the vectors."""
+    if len(found) != 2 or found[1:] != vectors[1:]:
+        return False
+    rows = {
+        "initial_vectors": found[0] >= vectors[0],  # with those that have yet to join
+        "best_vectors": 1 <= found[0] <= vectors[0],  # without those that are dropped at the end
+    }
+    return rows.get(name, found == vectors)

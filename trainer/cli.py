@@ -20,12 +20,13 @@ from trainer.checkpoints import RunIdentity, read_checkpoint, write_checkpoint
 from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
 from trainer.images import TrainingImages, read_images
 from trainer.initializer_search import RankedWord
-from trainer.learn_arguments import add_learn_options
+from trainer.learn_arguments import add_learn_options, options_from
 from trainer.learning import MAX_ROWS, learn
 from trainer.messages import first_line
 from trainer.model import DiffusionModel, load_model
 from trainer.options import LearnOptions
 from trainer.precision import Precision, unet_dtype
+from trainer.presets import check_images
 from trainer.provenance import concept_metadata
 from trainer.quiet import quiet_libraries
 from trainer.run import LearnState
@@ -89,8 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     started = time.monotonic()
     quiet_libraries()
-    names = [field.name for field in dataclasses.fields(LearnOptions)]
-    options = LearnOptions(**{name: getattr(arguments, name) for name in names})
+    options = options_from(arguments)
     check_placeholder_token(arguments.placeholder_token)
     job = _Job.prepare(arguments, options)
     try:
@@ -130,6 +130,7 @@ class _Job:
             placeholder_token=arguments.placeholder_token,
         )
         _report_images(images, image_size(model))
+        check_images(arguments.presets, images)
         identity = RunIdentity.of(
             model, images, options, placeholder_token=arguments.placeholder_token
         )
@@ -201,7 +202,7 @@ class _Job:
 
     def _write_preview(self, state: LearnState) -> None:
         concept = as_concept(
-            self.model, state.vectors, placeholder_token=self.arguments.placeholder_token
+            self.model, state.word_vectors, placeholder_token=self.arguments.placeholder_token
         )
         prompts = [f"a photo of {self.arguments.placeholder_token}"] * 4
         drawn = sample_images(self.model, concept, prompts, size=image_size(self.model))

@@ -1,27 +1,34 @@
-"""The flags of `oneword learn` that decide what is learned: the fields of `LearnOptions`."""
+"""The flags of `oneword learn` that decide what is learned: the fields of `LearnOptions`.
+
+A flag that is not given leaves nothing among the parsed arguments, so that presets can tell it from
+one that is given with its default.
+"""
 
 import argparse
+import dataclasses
 from typing import get_args
 
 from trainer.options import AUTO, LearnOptions, Optimizer, StopRule
+from trainer.presets import PRESETS, preset_options
 from trainer.templates import LearnableProperty
 
 _DEFAULTS = LearnOptions()
 
 
 def add_learn_options(parser: argparse.ArgumentParser) -> None:
-    """Declare an option for each field of `LearnOptions`."""
-    parser.add_argument(
+    """Declare an option for each field of `LearnOptions`, and the presets of them."""
+    _add_presets(parser)
+    options = parser.add_argument_group("what is learned", argument_default=argparse.SUPPRESS)
+    options.add_argument(
         "--initializer-token",
         metavar="TEXT",
         help=f"a word or phrase close to the images; {AUTO!r} searches for one (the mean of the "
         "vocabulary)",
     )
-    parser.add_argument(
+    options.add_argument(
         "--initializer-candidates",
         type=_words,
         metavar="A,B,C",
-        default=_DEFAULTS.initializer_candidates,
         help=f"what --initializer-token {AUTO} chooses from (words of the vocabulary)",
     )
     for name, choices, what in (
@@ -30,10 +37,10 @@ def add_learn_options(parser: argparse.ArgumentParser) -> None:
         ("stop", get_args(StopRule), "after the last step, or when the loss has settled"),
     ):
         default = getattr(_DEFAULTS, name.replace("-", "_"))
-        parser.add_argument(
-            f"--{name}", choices=choices, default=default, help=f"{what} (%(default)s)"
-        )
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="(depends on --optimizer)")
+        options.add_argument(f"--{name}", choices=choices, help=f"{what} ({default})")
+    options.add_argument(
+        "--learning-rate", type=float, metavar="X", help="(depends on --optimizer)"
+    )
     for name, type_, what in (
         ("num-vectors", int, "length of the new word in tokens"),
         ("steps", int, "steps to learn, at most"),
@@ -43,15 +50,37 @@ def add_learn_options(parser: argparse.ArgumentParser) -> None:
         ("stop-window", int, "evaluations that must have settled for --stop dvar"),
         ("stop-threshold", float, "of their variance, relative to that of all evaluations"),
         ("timestep-focus", float, "share of the timesteps that is biased to noise"),
+        ("regularization", float, "weight of the pull back to the initializer"),
     ):
         default = getattr(_DEFAULTS, name.replace("-", "_"))
         metavar = "N" if type_ is int else "X"
-        parser.add_argument(
-            f"--{name}", type=type_, metavar=metavar, default=default, help=f"{what} (%(default)s)"
-        )
+        options.add_argument(f"--{name}", type=type_, metavar=metavar, help=f"{what} ({default})")
+    for name, what in (
+        ("antithetic", "samples in pairs of opposite noise"),
+        ("progressive", "let the vectors join one after another, at equal parts of the run"),
+        ("per-image-tokens", "a vector of its own for each image, dropped at the end"),
+    ):
+        options.add_argument(f"--{name}", action="store_const", const=True, help=what)
+
+
+def _add_presets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--antithetic", action="store_true", help="samples in pairs of opposite noise"
+        "--preset",
+        dest="presets",
+        action="append",
+        choices=PRESETS,
+        default=[],
+        metavar="NAME",
+        help="settings to begin with, which other options overrule; can be repeated. "
+        + "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items()),
     )
+
+
+def options_from(arguments: argparse.Namespace) -> LearnOptions:
+    """What the parsed arguments say: the presets, and over them the options that were given."""
+    names = [field.name for field in dataclasses.fields(LearnOptions)]
+    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    return preset_options(arguments.presets, given)
 
 
 def _words(text: str) -> tuple[str, ...]:

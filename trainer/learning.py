@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from trainer.images import TrainingImages
+from trainer.material import losses_and_gradients
 from trainer.model import DiffusionModel
-from trainer.objective import Trial, losses_and_gradients
 from trainer.options import LearnOptions
 from trainer.run import LearnState, Run
 
@@ -59,11 +59,21 @@ def learn_together(
         Run.prepare(model, own, told, label=f"concept {place} of {count}: " if count > 1 else "")
         for place, (own, told) in enumerate(zip(images, options, strict=True), start=1)
     ]
-    given = resume_from or [None] * count
+    yield from follow(model, runs, resume_from or [None] * count, max_rows=max_rows)
+
+
+def follow(
+    model: DiffusionModel,
+    runs: Sequence[Run],
+    given: Sequence[LearnState | None],
+    *,
+    max_rows: int = MAX_ROWS,
+) -> Iterator[tuple[LearnState, ...]]:
+    """The states of all runs from the given ones, or their first ones, to their ends."""
     states = [state or run.first_state(model) for run, state in zip(runs, given, strict=True)]
     if any(state is None for state in given):
         yield tuple(states)
-    while unfinished := [place for place in range(count) if not runs[place].ends_at(states[place])]:
+    while unfinished := [at for at, run in enumerate(runs) if not run.ends_at(states[at])]:
         for group in _grouped(unfinished, [run.options.batch_size for run in runs], max_rows):
             advanced = _advance(
                 [runs[place] for place in group], [states[place] for place in group], max_rows
@@ -90,10 +100,7 @@ def _advance(
     """One step of each run in one pass: a pure function of their states."""
     drawn = [run.draw(state) for run, state in zip(runs, states, strict=True)]
     results = losses_and_gradients(
-        [
-            Trial(objective=run.objective, vectors=state.vectors, batch=batch)
-            for run, state, (batch, _) in zip(runs, states, drawn, strict=True)
-        ],
+        [(state.vectors, parts) for state, (parts, _) in zip(states, drawn, strict=True)],
         max_rows=max_rows,
     )
     return [

@@ -36,6 +36,7 @@ class Batch:
     timesteps: Int64[Tensor, " batch"]
     templates: Int64[Tensor, " batch"]
     weights: Float32[Tensor, "batch 1 height width"]  # of the error at each place, mean 1
+    images: Int64[Tensor, " batch"]  # which image a sample is of
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -117,6 +118,11 @@ class Objective:
             antithetic=antithetic,
         )
 
+    @property
+    def num_slots(self) -> int:
+        """Vectors that a sentence takes."""
+        return self.prompts.slots.shape[1]
+
     def draw(self, batch_size: int, generator: torch.Generator) -> Batch:
         """A training batch: balanced over images and timesteps, latents sampled.
 
@@ -153,6 +159,7 @@ class Objective:
             timesteps=stratified_timesteps(len(images), timesteps, generator, focus=focus),
             templates=draw_prompts(self.choices, images, generator),
             weights=self.weights[images],
+            images=images,
         )
 
     def losses(
@@ -166,9 +173,15 @@ class Objective:
 
     def loss_and_gradient(self, vectors: Vectors, batch: Batch) -> tuple[float, Vectors]:
         """The mean loss of a batch, and its gradient in the vectors; no other gradient is made."""
-        trial = Trial(objective=self, vectors=vectors, batch=batch)
-        ((loss, gradient),) = losses_and_gradients([trial], max_rows=len(batch))
-        return loss, gradient
+        leaf = vectors.detach().clone().requires_grad_(True)
+        loss = self.losses(leaf, batch).mean()
+        (gradient,) = self.gradients(loss, [leaf])
+        return loss.item(), gradient
+
+    def gradients(self, loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of a loss in each of the leaves, without loss of small ones."""
+        scale = _GRADIENT_SCALES.get(self.unet.dtype, 1.0)
+        return [found / scale for found in torch.autograd.grad(scale * loss, leaves)]
 
     @torch.no_grad()
     def evaluate(self, vectors: Vectors, batch: Batch, *, at_once: int) -> float:
@@ -222,35 +235,6 @@ def joint_losses(trials: Sequence[Trial]) -> Float32[Tensor, " rows"]:
         added_inputs=model.family.added_inputs(pooled, width=width, height=height),
         weights=batch.weights,
     )
-
-
-def losses_and_gradients(trials: Sequence[Trial], *, max_rows: int) -> list[tuple[float, Vectors]]:
-    """For each concept its mean loss and the gradient of that in its own vectors.
-
-    In one pass, but a single concept of more than `max_rows` samples in several, which are added
-    up: the same to the rounding of sums, in less memory.
-    """
-    if len(trials) > 1 or len(trials[0].batch) <= max_rows:
-        return _in_one_pass(trials)
-    (whole,) = trials
-    parts = [replace(whole, batch=batch) for batch in whole.batch.split(max_rows)]
-    results = [(len(part.batch) / len(whole.batch), *_in_one_pass([part])[0]) for part in parts]
-    gradient = torch.stack([share * gradient for share, _, gradient in results]).sum(dim=0)
-    return [(sum(share * loss for share, loss, _ in results), gradient)]
-
-
-def _in_one_pass(trials: Sequence[Trial]) -> list[tuple[float, Vectors]]:
-    leaves = [
-        replace(trial, vectors=trial.vectors.detach().clone().requires_grad_(True))
-        for trial in trials
-    ]
-    parts = joint_losses(leaves).split([len(trial.batch) for trial in trials])
-    means = torch.stack([part.mean() for part in parts])
-    scale = _GRADIENT_SCALES.get(trials[0].objective.unet.dtype, 1.0)
-    gradients = torch.autograd.grad(scale * means.sum(), [leaf.vectors for leaf in leaves])
-    return [
-        (mean, gradient / scale) for mean, gradient in zip(means.tolist(), gradients, strict=True)
-    ]
 
 
 def error_weights(

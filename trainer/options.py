@@ -48,6 +48,9 @@ class LearnOptions:
     stop_threshold: float = 0.15  # of their variance, relative to that of all evaluations
     timestep_focus: float = 0.0  # share of the timesteps that is biased to noise
     antithetic: bool = False  # samples in pairs of opposite noise
+    progressive: bool = False  # vectors join one after another, at equal parts of the run
+    regularization: float = 0.0  # weight of the squared distance to where the vectors started
+    per_image_tokens: bool = False  # a vector of its own for each image, dropped at the end
 
     def __post_init__(self) -> None:
         for name, (least, most) in _LIMITS.items():
@@ -70,6 +73,7 @@ class LearnOptions:
         if self.antithetic and self.batch_size < 2:
             raise LearningError("antithetic needs pairs: batch_size must be at least 2, got 1")
         self._check_candidates()
+        self._check_variants()
         self._settling()  # refuses what cannot be
 
     def _check_limits(self, name: str, least: int, most: int | None) -> None:
@@ -91,6 +95,26 @@ class LearnOptions:
                 f"initializer_candidates must be at most {MAX_CANDIDATES}, got {count}"
             )
 
+    def _check_variants(self) -> None:
+        if not 0.0 <= self.regularization < math.inf:
+            raise LearningError(
+                f"regularization must be finite and at least 0, got {self.regularization}"
+            )
+        if not self.progressive:
+            return
+        if not 2 <= self.num_vectors <= self.steps:
+            raise LearningError(
+                "progressive needs at least 2 vectors, and a step for each: num_vectors is "
+                f"{self.num_vectors}, steps {self.steps}"
+            )
+        if self.per_image_tokens:
+            raise LearningError("progressive and per_image_tokens cannot be combined; choose one")
+        if self.stop != "steps":
+            raise LearningError(
+                f"progressive lets vectors join at parts of all steps: stop must be 'steps', got "
+                f"{self.stop!r}"
+            )
+
     @property
     def rate(self) -> float:
         """The learning rate that is meant: the given one, or the optimizer's usual.
@@ -105,10 +129,24 @@ class LearnOptions:
         return usual[self.optimizer]
 
     def rate_at(self, step: int) -> float:
-        """The learning rate after `step` steps: along half a cosine for `adam`, else constant."""
+        """The learning rate after `step` steps: along half a cosine for `adam`, else constant.
+
+        Each stage of a progressive run has its own half cosine, or the last vector would hardly
+        move.
+        """
         if self.optimizer != "adam":
             return self.rate
-        return self.rate * 0.5 * (1 + math.cos(math.pi * (step / self.steps)))
+        joined = {self.joined_at(row) for row in range(self.num_vectors)}
+        start = max(at for at in joined if at <= step)
+        end = min((at for at in joined if at > step), default=self.steps)
+        return self.rate * 0.5 * (1 + math.cos(math.pi * ((step - start) / (end - start))))
+
+    def joined_at(self, row: int) -> int:
+        """The step at which a vector joins: 0, in a progressive run the first of its equal part.
+
+        Gal et al. 2022, section 5; in the authors' code the parts have 2000 steps.
+        """
+        return -(-row * self.steps // self.num_vectors) if self.progressive else 0
 
     def settled(self, evaluation_losses: tuple[float, ...]) -> bool:
         """Whether the stop rule ends a run with these evaluations before its last step."""

@@ -8,27 +8,31 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
+from trainer.cohorts import moved, num_joined
 from trainer.errors import Diverged, NoGradient
-from trainer.image_prompts import ImagePrompts
 from trainer.images import TrainingImages
-from trainer.initializer import initial_vectors, word_norm
+from trainer.initializer import word_norm
 from trainer.initializer_search import RankedWord, search
-from trainer.latents import LatentDistribution
+from trainer.material import Material, OwnImages, Part, mean_evaluation
 from trainer.model import DiffusionModel
-from trainer.objective import Batch, Objective, Vectors
+from trainer.objective import Vectors
 from trainer.options import AUTO, LearnOptions
-from trainer.splicing import TemplatePrompts
-from trainer.templates import templates_for
+from trainer.per_image_tokens import PerImageTokens
+from trainer.regularization import pull_to_start
+from trainer.starts import Start, starting_vectors
 from trainer.updates import Moments, PerEncoder, update_rule
 
-EVALUATION_BATCH_SIZE = 32  # at least; with more images, one sample of each
 MAX_ROLLBACKS = 3
 _MAX_ZERO_GRADIENTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnState:
-    """A run after `step` steps: all that is needed to go on, and what is worth knowing."""
+    """A run after `step` steps: all that is needed to go on, and what is worth knowing.
+
+    `vectors` are those that have joined, all from the start unless the run is progressive; behind
+    the word's own may stand those that only learning needs (per-image tokens).
+    """
 
     step: int
     vectors: Float32[Tensor, "num_vectors dim"]
@@ -40,10 +44,12 @@ class LearnState:
     grad_norm: float
     evaluation_loss: float | None  # on the fixed batch; None when not due at this step
     evaluation_losses: tuple[float, ...]  # all so far, from before the first step on
-    initial_vectors: Float32[Tensor, "num_vectors dim"]
+    initial_vectors: Float32[Tensor, "all_vectors dim"]  # of those too that have yet to join
     initializers: tuple[RankedWord, ...]  # what a search found best, best first; empty without one
     best_step: int
-    best_vectors: Float32[Tensor, "num_vectors dim"]  # with the lowest evaluation loss so far
+    # The word's vectors with the lowest evaluation loss among those with as many vectors as now.
+    best_vectors: Float32[Tensor, "word_vectors dim"]
+    best_evaluation_loss: float
     # At the last evaluation: what a run that has become NaN returns to.
     good_step: int
     good_vectors: Float32[Tensor, "num_vectors dim"]
@@ -56,8 +62,9 @@ class LearnState:
         return self.evaluation_losses[0]
 
     @property
-    def best_evaluation_loss(self) -> float:
-        return min(self.evaluation_losses)
+    def word_vectors(self) -> Float32[Tensor, "word_vectors dim"]:
+        """The word as it is now."""
+        return self.vectors[: len(self.best_vectors)]
 
     @property
     def rolled_back(self) -> bool:
@@ -67,12 +74,13 @@ class LearnState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What stays the same while one concept is learned."""
+    """What stays the same while one concept is learned, or several of which images show all."""
 
     label: str  # before each error
     options: LearnOptions
-    objective: Objective
-    evaluation: Batch
+    material: Material
+    starts: tuple[Start, ...]  # of all vectors, in the order of their rows
+    num_word_vectors: int  # the first rows: those that are kept
     dims: tuple[int, ...]  # of the vectors for each text encoder, which stand side by side
     norms: tuple[float, ...]  # of a word in each of them
 
@@ -80,36 +88,47 @@ class Run:
     def prepare(
         cls, model: DiffusionModel, images: TrainingImages, options: LearnOptions, *, label: str
     ) -> Self:
-        templates = templates_for(options.learnable_property)
-        prompts = ImagePrompts.of(templates, images.captions, len(images.pixels))
-        objective = Objective.of(
-            model,
-            LatentDistribution.encode(model, images.pixels),
-            TemplatePrompts.lay_out(model, prompts.texts, options.num_vectors),
-            choices=prompts.choices,
-            masks=images.masks,
-            focus=options.timestep_focus,
-            antithetic=options.antithetic,
+        kind = PerImageTokens if options.per_image_tokens else OwnImages
+        word = Start(
+            initializer_token=options.initializer_token,
+            num_vectors=options.num_vectors,
+            nudged=not options.progressive,
         )
+        own = Start(initializer_token=None, num_vectors=len(images.pixels))
+        return cls.of(
+            model,
+            kind.of(model, images, options),
+            options,
+            starts=(word, own) if options.per_image_tokens else (word,),
+            num_word_vectors=options.num_vectors,
+            label=label,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        model: DiffusionModel,
+        material: Material,
+        options: LearnOptions,
+        *,
+        starts: tuple[Start, ...],
+        num_word_vectors: int,
+        label: str,
+    ) -> Self:
         return cls(
             label=label,
             options=options,
-            objective=objective,
-            evaluation=objective.draw_evaluation(EVALUATION_BATCH_SIZE),
+            material=material,
+            starts=starts,
+            num_word_vectors=num_word_vectors,
             dims=model.dims,
             norms=tuple(word_norm(encoder) for encoder in model.encoders),
         )
 
     def first_state(self, model: DiffusionModel) -> LearnState:
         generator = torch.Generator().manual_seed(self.options.seed)
-        initializer, ranking = self._initializer(model)
-        initial = initial_vectors(
-            model,
-            initializer_token=initializer,
-            num_vectors=self.options.num_vectors,
-            generator=generator,
-        )
-        vectors = self._rule(initial).start(initial)
+        initial, ranking = self._initial_vectors(model, generator)
+        vectors = initial[: self._num_joined(initial, step=0)]
         evaluation_loss = self._evaluate(vectors)
         if not math.isfinite(evaluation_loss):
             raise Diverged(
@@ -129,10 +148,11 @@ class Run:
             grad_norm=0.0,
             evaluation_loss=evaluation_loss,
             evaluation_losses=(evaluation_loss,),
-            initial_vectors=vectors,
+            initial_vectors=initial,
             initializers=ranking,
             best_step=0,
-            best_vectors=vectors,
+            best_vectors=vectors[: self.num_word_vectors],
+            best_evaluation_loss=evaluation_loss,
             good_step=0,
             good_vectors=vectors,
             good_first_moment=still,
@@ -140,20 +160,28 @@ class Run:
             rollbacks=0,
         )
 
-    def _initializer(self, model: DiffusionModel) -> tuple[str | None, tuple[RankedWord, ...]]:
-        """The phrase to start from, and if it was searched for what the search found."""
-        if self.options.initializer_token != AUTO:
-            return self.options.initializer_token, ()
-        ranking = search(
+    def _initial_vectors(
+        self, model: DiffusionModel, generator: torch.Generator
+    ) -> tuple[Vectors, tuple[RankedWord, ...]]:
+        """Where all vectors start, and what a search for the word's initializer found."""
+        starts, ranking = self.starts, ()
+        if self.options.initializer_token == AUTO:
+            ranking = self._search(model)
+            starts = (replace(starts[0], initializer_token=ranking[0].word), *starts[1:])
+        initial = starting_vectors(model, starts, generator)
+        return self._rule(initial).start(initial), ranking
+
+    def _search(self, model: DiffusionModel) -> tuple[RankedWord, ...]:
+        (part,) = self.material.evaluation(num_vectors=self.options.num_vectors)
+        return search(
             model,
-            self.objective,
-            self.evaluation,
+            part.objective,
+            part.batch,
             num_vectors=self.options.num_vectors,
             start=lambda vectors: self._rule(vectors).start(vectors),
             candidates=self.options.initializer_candidates,
             batch_size=self.options.batch_size,
         )
-        return ranking[0].word, ranking
 
     def _rule(self, initial: Vectors) -> PerEncoder:
         return update_rule(self.options.optimizer, initial, dims=self.dims, norms=self.norms)
@@ -163,50 +191,91 @@ class Run:
         options = self.options
         return state.step >= options.steps or options.settled(state.evaluation_losses)
 
-    def draw(self, state: LearnState) -> tuple[Batch, UInt8[Tensor, " bytes"]]:
-        """The batch of the next step, and the generator's state after it."""
+    def draw(self, state: LearnState) -> tuple[tuple[Part, ...], UInt8[Tensor, " bytes"]]:
+        """The samples of the next step, and the generator's state after it."""
         generator = torch.Generator()
         generator.set_state(state.rng_state)
-        return self.objective.draw(self.options.batch_size, generator), generator.get_state()
+        parts = self.material.draw(
+            self.options.batch_size, generator, num_vectors=len(state.vectors)
+        )
+        return parts, generator.get_state()
 
     def after(self, state: LearnState, loss: float, gradient: Vectors) -> LearnState:
         """The state that follows `state` with the loss and gradient of its batch."""
+        reached = bool(gradient.any())
+        if self.options.regularization:
+            penalty, pull = self._pull(state)
+            loss, gradient = loss + penalty, gradient + pull
         grad_norm = gradient.norm().item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return self._rolled_back(state, f"loss {loss}, gradient norm {grad_norm}")
-        vectors, moments = self._rule(state.initial_vectors)(
+        vectors, moments = moved(
+            self.options,
+            state.initial_vectors,
             state.vectors,
             gradient,
             Moments(first=state.first_moment, second=state.second_moment),
             step=state.step + 1,
             rate=self._rate(state),
+            dims=self.dims,
+            norms=self.norms,
         )
-        moved = replace(
+        after = replace(
             state,
             step=state.step + 1,
             vectors=vectors,
             first_moment=moments.first,
             second_moment=moments.second,
-            zero_gradients=0 if gradient.any() else state.zero_gradients + 1,
+            zero_gradients=0 if reached else state.zero_gradients + 1,
             loss=loss,
             grad_norm=grad_norm,
             evaluation_loss=None,
         )
-        self._check_moves(moved)
-        due = moved.step % self.options.eval_every == 0 or moved.step == self.options.steps
-        return self._evaluated(moved, before=state) if due else moved
+        self._check_moves(after)
+        after = self._grown(after)
+        due = after.step % self.options.eval_every == 0 or after.step == self.options.steps
+        # With more vectors than before, they are judged before they move.
+        grown = len(after.vectors) > len(state.vectors)
+        return self._evaluated(after, before=state) if due or grown else after
+
+    def _pull(self, state: LearnState) -> tuple[float, Vectors]:
+        return pull_to_start(
+            state.vectors,
+            state.initial_vectors[: len(state.vectors)],
+            weight=self.options.regularization,
+            count=self.num_word_vectors,
+        )
+
+    def _num_joined(self, initial: Vectors, *, step: int) -> int:
+        return num_joined(self.options, len(initial), step=step)
+
+    def _grown(self, state: LearnState) -> LearnState:
+        """With the vectors that join at this step, as they start."""
+        joined = self._num_joined(state.initial_vectors, step=state.step)
+        new = state.initial_vectors[len(state.vectors) : joined]
+        if not len(new):
+            return state
+        still = torch.zeros_like(new)
+        return replace(
+            state,
+            vectors=torch.cat([state.vectors, new]),
+            first_moment=torch.cat([state.first_moment, still]),
+            second_moment=torch.cat([state.second_moment, still]),
+        )
 
     def _evaluated(self, state: LearnState, *, before: LearnState) -> LearnState:
         loss = self._evaluate(state.vectors)
         if not math.isfinite(loss):
             return self._rolled_back(before, f"evaluation loss {loss}")
-        improved = loss < state.best_evaluation_loss
+        word = state.vectors[: self.num_word_vectors]
+        improved = loss < state.best_evaluation_loss or len(word) > len(state.best_vectors)
         return replace(
             state,
             evaluation_loss=loss,
             evaluation_losses=(*state.evaluation_losses, loss),
             best_step=state.step if improved else state.best_step,
-            best_vectors=state.vectors if improved else state.best_vectors,
+            best_vectors=word if improved else state.best_vectors,
+            best_evaluation_loss=loss if improved else state.best_evaluation_loss,
             good_step=state.step,
             good_vectors=state.vectors,
             good_first_moment=state.first_moment,
@@ -242,7 +311,8 @@ class Run:
     def _evaluate(self, vectors: Vectors) -> float:
         # A sample without gradient takes a fraction of the memory of one with.
         at_once = 4 * self.options.batch_size
-        return self.objective.evaluate(vectors, self.evaluation, at_once=at_once)
+        parts = self.material.evaluation(num_vectors=len(vectors))
+        return mean_evaluation(vectors, parts, at_once=at_once)
 
     def _check_moves(self, state: LearnState) -> None:
         if state.zero_gradients >= _MAX_ZERO_GRADIENTS:

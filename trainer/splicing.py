@@ -13,12 +13,12 @@ from torch import Tensor
 from engine.bundle import TextSpec
 from engine.concepts import MAX_NUM_VECTORS, Concept
 from engine.fingerprint import embedding_fingerprint
-from engine.prompts import PromptReader
+from engine.prompts import EncoderInput, PromptReader
 from trainer.errors import LearningError
 from trainer.model import DiffusionModel, Encoder
 
-# Holds the slots while templates are laid out; the name of the real concept does not matter there.
-_STAND_IN = "<concept>"
+# Hold the slots while templates are laid out; the names of the real concepts do not matter there.
+_STAND_IN = "<concept-{}>"
 
 
 def text_spec(model: DiffusionModel | Encoder) -> TextSpec:
@@ -77,7 +77,7 @@ class TemplatePrompts:
     """
 
     frozen_embeds: Float32[Tensor, "templates tokens dim"]
-    slots: Int64[Tensor, "templates num_vectors"]  # positions of the vectors
+    slots: Int64[Tensor, "templates num_vectors"]  # positions of the vectors, word by word
     eos_index: Int64[Tensor, " templates"]
     second: "TemplatePrompts | None" = None
 
@@ -87,9 +87,10 @@ class TemplatePrompts:
         return (self,) if self.second is None else (self, self.second)
 
     @classmethod
-    def lay_out(cls, model: DiffusionModel, templates: Sequence[str], num_vectors: int) -> Self:
+    def lay_out(cls, model: DiffusionModel, templates: Sequence[str], *num_vectors: int) -> Self:
         """Lay out each template once for each text encoder.
 
+        `num_vectors` of each new word, in the order in which `str.format` numbers them.
         Raises `LearningError` if the vectors do not fit into a concept, or beside a template's
         words into an encoder.
         """
@@ -101,19 +102,26 @@ class TemplatePrompts:
 
     @classmethod
     def _lay_out(
-        cls, model: DiffusionModel, index: int, templates: Sequence[str], num_vectors: int
+        cls,
+        model: DiffusionModel,
+        index: int,
+        templates: Sequence[str],
+        num_vectors: Sequence[int],
     ) -> Self:
         encoder = model.encoders[index]
         table, text = encoder.token_embedding.cpu().numpy(), text_spec(encoder)
         reader = PromptReader(plain_tokenizer(encoder), table, text, encoder=index)
-        # Before the stand-in is made: neither a concept nor a chunk can hold just any number.
-        _check_room(reader, text, _stand_in(model.dims, 1), templates, num_vectors)
-        stand_in = [_stand_in(model.dims, num_vectors)]
-        inputs = [reader.read(template.format(_STAND_IN), stand_in) for template in templates]
-        first = torch.tensor([encoder_input.slots[0][1] for encoder_input in inputs])
+        # Before the stand-ins are made: neither a concept nor a chunk can hold just any number.
+        _check_room(
+            reader, text, _stand_ins(model.dims, [1] * len(num_vectors)), templates, num_vectors
+        )
+        words = _stand_ins(model.dims, num_vectors)
+        inputs = [_read(reader, template, words) for template in templates]
         return cls(
             frozen_embeds=torch.from_numpy(np.concatenate([i.inputs_embeds for i in inputs])),
-            slots=first[:, None] + torch.arange(num_vectors),
+            slots=torch.tensor(
+                [_positions(i, words, t) for i, t in zip(inputs, templates, strict=True)]
+            ),
             eos_index=torch.from_numpy(np.concatenate([i.eos_index for i in inputs])),
         )
 
@@ -140,37 +148,63 @@ class TemplatePrompts:
         )
 
 
-def _stand_in(dims: Sequence[int], num_vectors: int) -> Concept:
-    first, *second = (np.zeros((num_vectors, dim), np.float32) for dim in dims)
-    return Concept(
-        placeholder_token=_STAND_IN,
-        learned_embeddings=first,
-        learned_embeddings_2=second[0] if second else None,
-    )
+def _stand_ins(dims: Sequence[int], num_vectors: Sequence[int]) -> list[Concept]:
+    """A concept for each word, of as many vectors as it has."""
+    words: list[Concept] = []
+    for place, count in enumerate(num_vectors):
+        first, *second = (np.zeros((count, dim), np.float32) for dim in dims)
+        words.append(
+            Concept(
+                placeholder_token=_STAND_IN.format(place),
+                learned_embeddings=first,
+                learned_embeddings_2=second[0] if second else None,
+            )
+        )
+    return words
+
+
+def _read(reader: PromptReader, template: str, words: Sequence[Concept]) -> EncoderInput:
+    return reader.read(template.format(*(word.placeholder_token for word in words)), words)
+
+
+def _positions(encoder_input: EncoderInput, words: Sequence[Concept], template: str) -> list[int]:
+    """Where the vectors of the words stand, word by word."""
+    if len(encoder_input.slots) != len(words):
+        raise LearningError(
+            f"the template {template!r} must name each new word once; a backslash before a word "
+            "makes it plain text"
+        )
+    starts = {token: at for _, at, token in encoder_input.slots}
+    return [
+        starts[word.placeholder_token] + place
+        for word in words
+        for place in range(word.num_vectors)
+    ]
 
 
 def _check_room(
     reader: PromptReader,
     text: TextSpec,
-    one_vector: Concept,
+    single_vectors: Sequence[Concept],
     templates: Sequence[str],
-    num_vectors: int,
+    num_vectors: Sequence[int],
 ) -> None:
     """Refuse more vectors than a concept holds, or than the longest template leaves room for."""
-    places = text.max_tokens - 2
+    places, count = text.max_tokens - 2, len(num_vectors)
     words, longest = max(
-        (reader.read(template.format(_STAND_IN), [one_vector]).report.num_tokens - 1, template)
+        (_read(reader, template, single_vectors).report.num_tokens - count, template)
         for template in templates
     )
-    if words >= places:
+    if words + count > places:
         raise LearningError(
             f"the template {longest!r} leaves no room for a new word: the text encoder has "
             f"{places} places, the words need {words}; use a model with a longer text encoder"
         )
-    limit = min(places - words, MAX_NUM_VECTORS)
-    if num_vectors > limit:
+    limit = min(places - words, count * MAX_NUM_VECTORS)
+    if sum(num_vectors) > limit:
         raise LearningError(
-            f"num_vectors={num_vectors} is too many beside the template {longest!r}: the text "
-            f"encoder has {places} places, the words need {words}; a concept has up to "
-            f"{MAX_NUM_VECTORS} vectors; use num_vectors of at most {limit}"
+            f"num_vectors={' + '.join(map(str, num_vectors))} is too many beside the template "
+            f"{longest!r}: the text encoder has {places} places, the words need {words}; a concept "
+            f"has up to {MAX_NUM_VECTORS} vectors; use num_vectors of at most {limit}"
+            f"{' together' if count > 1 else ''}"
         )

@@ -235,7 +235,7 @@ class Run:
 
     def _draw_preview(self, state: LearnState) -> None:
         token = self.record.spec.placeholder_token
-        concept = as_concept(self.model, state.vectors, placeholder_token=token)
+        concept = as_concept(self.model, state.word_vectors, placeholder_token=token)
         size = image_size(self.model)
         (image,) = sample_images(self.model, concept, [f"a photo of {token}"], size=size)
         write_atomically(self.folder.preview, png_bytes(image))
