@@ -46,9 +46,9 @@ def _write_and_rename(path: Path, content: bytes) -> None:
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk: syncing a file does not sync its name (fsync(2))."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk: the one does not do the other (fsync(2))."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

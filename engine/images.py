@@ -117,20 +117,21 @@ def decode_image(content: bytes, *, max_side: int | None = None) -> RgbImage:
         ) from error
 
 
-def check_image_file(path: Path, *, max_pixels: int) -> None:
-    """Refuse a file that is no PNG, JPEG or WebP by its beginning, or too large to be decoded.
+def check_image_file(
+    path: Path, *, max_pixels: int, formats: tuple[str, ...] = _ACCEPTED_FORMATS
+) -> None:
+    """Refuse a file that is none of the formats by its beginning, or too large to be decoded.
 
     Nothing is decoded, so a file that is damaged further on passes. Raises `InvalidRequest`.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is below
-            with Image.open(path, formats=_ACCEPTED_FORMATS) as image:
+            with Image.open(path, formats=formats) as image:
                 width, height = image.size
     except (Image.DecompressionBombError, *_DECODER_ERRORS) as error:
         raise InvalidRequest(
-            "it is not a PNG, JPEG or WebP file, or its beginning is damaged; save it anew in one "
-            "of these formats"
+            f"it is not a {' or '.join(formats)} file, or its beginning is damaged; save it anew"
         ) from error
     if width * height > max_pixels:
         raise InvalidRequest(

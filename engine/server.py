@@ -186,7 +186,7 @@ class Server:
             ConceptService(self._runtime), server
         )
         server_info_pb2_grpc.add_ServerInfoServiceServicer_to_server(
-            ServerInfoService(self._runtime), server
+            ServerInfoService(self._runtime, self.training.config), server
         )
         training_pb2_grpc.add_TrainingServiceServicer_to_server(self.training, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -27,6 +27,8 @@ from engine.samplers import MAX_INFERENCE_STEPS
 from engine.status import is_internal, status_of
 from engine.store import ConceptStore
 from engine.streams import EventStream
+from engine.training_config import TrainingConfig
+from engine.training_wire import limits_to_proto
 from protos.oneword.v1 import (
     generation_pb2,
     generation_pb2_grpc,
@@ -191,8 +193,10 @@ def _deadline(context: Context) -> float | None:
 class ServerInfoService(server_info_pb2_grpc.ServerInfoServiceServicer):
     """What this server is and how busy it is."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, training: TrainingConfig | None = None) -> None:
+        """`training` is None where words are not learned."""
         self._runtime = runtime
+        self._training = training
 
     async def GetServerInfo(
         self, request: server_info_pb2.GetServerInfoRequest, context: Context
@@ -204,6 +208,7 @@ class ServerInfoService(server_info_pb2_grpc.ServerInfoServiceServicer):
                 limits=self._limits(),
                 load=server_info_pb2.Load(images_in_flight=in_flight, images_queued=queued),
                 versions=self._versions(),
+                training=None if self._training is None else limits_to_proto(self._training),
             )
 
     def _model(self) -> server_info_pb2.ModelInfo:

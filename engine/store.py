@@ -29,7 +29,7 @@ from engine.errors import (
     UnknownConcept,
     quoted,
 )
-from engine.files import sync_folder, write_atomically
+from engine.files import sync_path, write_atomically
 
 DEFAULT_TENANT = "default"
 INDEX = "concepts.sqlite3"
@@ -94,7 +94,7 @@ class ConceptStore:
             self._index = _open_index(self._index_path)
             self._index_file = _identity(self._index_path)
             self._files.mkdir(exist_ok=True)
-            sync_folder(folder)
+            sync_path(folder)
             self._sweep()
 
     @classmethod
@@ -128,7 +128,7 @@ class ConceptStore:
                 _check_taken(old, new)
                 return old, False
             write_atomically(self._path(new.file_sha256), content)
-            sync_folder(self._files)
+            sync_path(self._files)
             if old and old.file_sha256 == new.file_sha256:
                 return old, False
             _insert(index, tenant, new)

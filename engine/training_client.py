@@ -1,9 +1,11 @@
 """Trainings from a script: the part of the blocking client that has words learned."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from engine.errors import InvalidRequest
+from engine.training_option_wire import options_to_proto
 from protos.oneword.v1 import training_pb2, training_pb2_grpc
 
 CHUNK_BYTES = 256 << 10
@@ -29,6 +31,8 @@ class TrainingClient:
         placeholder_token: str,
         images: Mapping[str, bytes],
         *,
+        masks: Mapping[str, bytes] | None = None,
+        captions: Mapping[str, str] | None = None,
         overwrite: bool = False,
         request_id: str = "",
         preview_every_steps: int = 0,
@@ -36,17 +40,23 @@ class TrainingClient:
     ) -> training_pb2.Training:
         """Send images (PNG, JPEG or WebP) by name to have a word learned from them.
 
-        `options` are the fields of `LearnOptions`. With a `request_id` the call can be repeated.
+        `masks` (PNG) and `captions` (one sentence a line) are by the name of their image, `options`
+        the fields of `LearnOptions`, choices by their words. With a `request_id` the call can be
+        repeated. Raises `InvalidRequest` for what cannot be sent.
         """
+        if strangers := sorted((set(masks or ()) | set(captions or ())) - set(images)):
+            raise InvalidRequest(
+                f"masks or captions of no image: {', '.join(strangers)}; name them as their images"
+            )
         spec = training_pb2.TrainingSpec(
             placeholder_token=placeholder_token,
-            options=training_pb2.LearnOptions(**options),
+            options=options_to_proto(options),
             overwrite=overwrite,
             request_id=request_id,
             preview_every_steps=preview_every_steps,
         )
         with self._errors():
-            requests = create_requests(spec, images.items())
+            requests = create_requests(spec, images, masks or {}, captions or {})
             return self._stub.CreateTraining(requests, timeout=self._timeout_s).training
 
     def watch(self, training_id: str) -> Generator[training_pb2.WatchTrainingResponse]:
@@ -90,17 +100,26 @@ class TrainingClient:
 
 
 def create_requests(
-    spec: training_pb2.TrainingSpec, images: Iterable[tuple[str, bytes]]
+    spec: training_pb2.TrainingSpec,
+    images: Mapping[str, bytes],
+    masks: Mapping[str, bytes],
+    captions: Mapping[str, str],
 ) -> Iterator[training_pb2.CreateTrainingRequest]:
-    """The messages of an upload: the spec, then each image in chunks, then the end."""
+    """The messages of an upload: the spec, each image with what belongs to it, the end."""
     yield training_pb2.CreateTrainingRequest(spec=spec)
-    num_images = 0
-    for file_name, content in images:
-        num_images += 1
-        for offset in range(0, len(content), CHUNK_BYTES):
-            chunk = training_pb2.ImageChunk(
-                file_name=file_name, offset=offset, data=content[offset : offset + CHUNK_BYTES]
-            )
+    for name, content in images.items():
+        for chunk in _chunks(name, content):
             yield training_pb2.CreateTrainingRequest(image=chunk)
-    end = training_pb2.UploadEnd(num_images=num_images)
+        for chunk in _chunks(name, masks.get(name, b"")):
+            yield training_pb2.CreateTrainingRequest(mask=chunk)
+        if name in captions:
+            text = training_pb2.ImageCaptions(file_name=name, text=captions[name])
+            yield training_pb2.CreateTrainingRequest(captions=text)
+    end = training_pb2.UploadEnd(num_images=len(images))
     yield training_pb2.CreateTrainingRequest(end=end)
+
+
+def _chunks(file_name: str, content: bytes) -> Iterator[training_pb2.ImageChunk]:
+    for offset in range(0, len(content), CHUNK_BYTES):
+        data = content[offset : offset + CHUNK_BYTES]
+        yield training_pb2.ImageChunk(file_name=file_name, offset=offset, data=data)

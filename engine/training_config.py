@@ -17,14 +17,14 @@ class TrainingConfig:
     max_training_jobs: int = 1  # that learn at the same time
     max_queued_trainings: int = 16
     checkpoint_every_s: float = 5.0  # what a killed process loses at most, besides a step
-    max_crashes: int = 3
+    max_attempts: int = 3  # of a training whose process or server dies of it
     retry_delay_s: float = 5.0  # between a crash and the next attempt
     stop_grace_s: float = 20.0  # for a process to save when it is told to stop
     upload_timeout_s: float = 600.0  # from the spec to the last image
     limits: TrainingLimits = field(default_factory=TrainingLimits)
 
     def __post_init__(self) -> None:
-        for name in ("max_training_jobs", "max_queued_trainings", "max_crashes"):
+        for name in ("max_training_jobs", "max_queued_trainings", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("checkpoint_every_s", "retry_delay_s", "stop_grace_s", "upload_timeout_s"):

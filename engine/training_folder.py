@@ -2,8 +2,9 @@
 
 `spec.json` is written once, when the training is created; `state.json` by the server alone; the
 rest by the learning process. The images are named by their index and the SHA-256 of their content,
-so that nothing a caller chooses becomes a path. A field that a later version adds (an owner, say)
-needs a default: records without it are then read as before.
+their masks and captions as the trainer looks for them beside an image, so that nothing a caller
+chooses becomes a path. A field that a later version adds (an owner, say) needs a default: records
+without it are then read as before.
 """
 
 import dataclasses
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from engine.errors import StorageFull, StoreError
-from engine.files import is_full, write_atomically
+from engine.files import is_full, sync_path, write_atomically
 from engine.training_reports import Progress, Skipped
 from engine.training_spec import TrainingSpec
 
 FORMAT = "oneword-training/1"
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+Part = Literal["image", "mask", "captions"]  # what is sent of an image
+# Beside an image, its companions are called as the trainer looks for them.
+_SUFFIXES: dict[Part, str] = {"image": "", "mask": ".mask.png", "captions": ".txt"}
 ENDED: frozenset[Status] = frozenset(("succeeded", "failed", "cancelled"))
 
 
@@ -31,6 +35,8 @@ class UploadedImage:
 
     file_name: str  # what the caller calls it; never a path
     sha256: str
+    mask_sha256: str = ""  # empty: it came without a mask
+    captions_sha256: str = ""  # empty: it came without captions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +61,7 @@ class TrainingRecord:
         fields = json.loads(content)
         if fields.pop("format") != FORMAT:
             raise ValueError(f"not of the format {FORMAT}")
-        spec = TrainingSpec(**fields.pop("spec"))
+        spec = _read_spec(fields.pop("spec"))
         images = tuple(UploadedImage(**image) for image in fields.pop("images"))
         return cls(spec=spec, images=images, **fields)
 
@@ -69,7 +75,7 @@ class TrainingState:
     end_time: float | None = None
     progress: Progress | None = None
     skipped: tuple[Skipped, ...] = ()
-    crashes: int = 0  # ends of the learning process that nobody asked for
+    attempts: int = 0  # processes that were started, less those that the server told to stop
     error: str = ""
     concept_id: str = ""
 
@@ -86,11 +92,22 @@ class TrainingState:
         fields = json.loads(content)
         if fields["status"] not in get_args(Status):
             raise ValueError(f"unknown status {fields['status']!r}")
+        if "crashes" in fields:  # its name in records of before
+            fields["attempts"] = fields.pop("crashes")
         progress = fields.pop("progress")
         skipped = tuple(Skipped(**skipped) for skipped in fields.pop("skipped"))
         return cls(
             progress=None if progress is None else Progress(**progress), skipped=skipped, **fields
         )
+
+
+def _read_spec(fields: dict[str, Any]) -> TrainingSpec:
+    """What JSON has as lists is tuples in a spec."""
+    options = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in fields.pop("options").items()
+    }
+    return TrainingSpec(options=options, **fields)
 
 
 def _to_json(fields: dict[str, Any]) -> bytes:
@@ -135,6 +152,10 @@ class TrainingFolder:
         """The file name of an image: in the order of the upload, and with no suffix to go by."""
         return f"{index:04d}-{sha256}"
 
+    def part(self, index: int, sha256: str, part: Part) -> Path:
+        """Where an image is, or what belongs to it."""
+        return self.images / f"{self.image_name(index, sha256)}{_SUFFIXES[part]}"
+
     def read_record(self) -> TrainingRecord:
         return TrainingRecord.from_json((self.path / "spec.json").read_bytes())
 
@@ -145,8 +166,10 @@ class TrainingFolder:
         return TrainingState.from_json((self.path / "state.json").read_bytes())
 
     def write_state(self, state: TrainingState) -> None:
+        """When this returns, the state survives a power cut."""
         with storage_errors():
             write_atomically(self.path / "state.json", state.to_json())
+            sync_path(self.path)
 
     def shed(self) -> None:
         """Remove what a training that has ended needs no more: images and checkpoint."""

@@ -2,38 +2,26 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Generator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from engine.concepts import check_fits, concept_from_bytes, read_concept_file
-from engine.errors import (
-    Cancelled,
-    ConceptExists,
-    DeadlineExceeded,
-    InvalidRequest,
-    QueueFull,
-    ShuttingDown,
-    TrainingUnavailable,
-    UnknownConcept,
-)
+from engine.errors import InvalidRequest, ShuttingDown, TrainingUnavailable
 from engine.paging import checked_page_size, key_of, page_token
 from engine.pipeline import Pipeline
 from engine.service import Context, Runtime, guarded, write_in_time
 from engine.store import ConceptStore
+from engine.training_config import TrainingConfig
 from engine.training_folder import TrainingFolder, storage_errors
+from engine.training_intake import Intake, Requests, read_to_the_end
+from engine.training_job import Job
 from engine.training_model import TrainableModel
-from engine.training_spec import TrainingSpec, check_spec
-from engine.training_supervisor import Job, Supervisor
-from engine.training_uploads import Upload
-from engine.training_wire import spec_from_proto, training_to_proto
+from engine.training_spec import TrainingSpec
+from engine.training_supervisor import Supervisor
+from engine.training_wire import training_to_proto
 from protos.oneword.v1 import training_pb2, training_pb2_grpc
 
 logger = logging.getLogger(__name__)
-
-_RETRY_UPLOAD_AFTER_S = 10.0
-_REST_OF_UPLOAD_S = 1.0
-Requests = AsyncIterator[training_pb2.CreateTrainingRequest]
 
 
 class TrainingService(training_pb2_grpc.TrainingServiceServicer):
@@ -49,8 +37,12 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         self._runtime = runtime
         self._supervisor = supervisor
         self._model = model
-        self._uploads = 0
-        self._creations: set[asyncio.Task[Job]] = set()  # asyncio itself holds no strong reference
+        self._intake = Intake(runtime)
+
+    @property
+    def config(self) -> TrainingConfig | None:
+        """What this server is told about learning; None where it does not learn."""
+        return self._supervisor.config if self._supervisor is not None else None
 
     async def start(self) -> bool:
         """Take up the trainings of earlier; returns whether words can be learned here."""
@@ -74,11 +66,10 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     async def CreateTraining(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, request_iterator: Requests, context: Context
     ) -> training_pb2.CreateTrainingResponse:
-        async with guarded(context), _read_to_the_end(request_iterator):
+        async with guarded(context), read_to_the_end(request_iterator):
             supervisor = self._learner()
             await self._check_model()
-            with self._counted_upload(supervisor):
-                job = await self._receive(request_iterator, supervisor)
+            job = await self._intake.receive(request_iterator, supervisor)
             return training_pb2.CreateTrainingResponse(training=self._describe(job))
 
     async def GetTraining(
@@ -147,92 +138,6 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             return b""
         return await asyncio.to_thread(_read_if_there, job.folder.concept)
 
-    @contextmanager
-    def _counted_upload(self, supervisor: Supervisor) -> Generator[None]:
-        limit = supervisor.config.limits.max_uploads
-        if self._uploads >= limit:
-            raise QueueFull(
-                f"{self._uploads} uploads are under way, the limit of this server; try again later",
-                retry_after_s=_RETRY_UPLOAD_AFTER_S,
-            )
-        self._uploads += 1
-        try:
-            yield
-        finally:
-            self._uploads -= 1
-
-    async def _receive(self, requests: Requests, supervisor: Supervisor) -> Job:
-        """The training of an upload; nothing stays of one that fails or breaks off."""
-        timeout_s = supervisor.config.upload_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                spec = await self._receive_spec(requests, supervisor)
-                upload = await supervisor.begin_upload()
-                try:
-                    await self._receive_images(requests, upload)
-                except BaseException:  # a caller that is gone is a CancelledError
-                    self._runtime.pool.submit(upload.discard)
-                    raise
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"the upload took more than {timeout_s:g} s, the limit of this server; send "
-                "smaller images"
-            ) from None
-        # From here on the training comes to be, even if the caller goes away.
-        creation = asyncio.create_task(supervisor.create(upload, spec))
-        self._creations.add(creation)
-        creation.add_done_callback(self._created)
-        return await asyncio.shield(creation)
-
-    def _created(self, creation: asyncio.Task[Job]) -> None:
-        self._creations.discard(creation)
-        if not creation.cancelled():
-            creation.exception()  # told to the caller, if it is still there
-
-    async def _receive_spec(self, requests: Requests, supervisor: Supervisor) -> TrainingSpec:
-        request = await self._next(requests)
-        if request is None or not request.HasField("spec"):
-            raise InvalidRequest("the first message must be the spec", field="spec")
-        spec = spec_from_proto(request.spec)
-        check_spec(spec, supervisor.config.limits)
-        supervisor.check_room(spec)
-        if not spec.overwrite and not supervisor.knows(spec.request_id):
-            await self._runtime.in_pool(_check_free, self._runtime.store, spec.placeholder_token)
-        return spec
-
-    async def _receive_images(self, requests: Requests, upload: Upload) -> None:
-        """Take the images up to the end, without which an upload has broken off.
-
-        The end of the stream alone would not do: that of a call that was cancelled looks the same.
-        """
-        while (request := await self._next(requests)) is not None:
-            match request.WhichOneof("part"):
-                case "image":
-                    chunk = request.image
-                    await self._runtime.in_pool(
-                        upload.add, chunk.file_name, chunk.offset, chunk.data
-                    )
-                case "end":
-                    await self._runtime.in_pool(upload.finish, request.end.num_images)
-                    return
-                case _:
-                    raise InvalidRequest(
-                        "after the spec, each message must be a chunk of an image or the end",
-                        field="image",
-                    )
-        raise InvalidRequest("the upload broke off: it has no end; send `end` last", field="end")
-
-    async def _next(self, requests: Requests) -> training_pb2.CreateTrainingRequest | None:
-        """The next message of the caller; None at the end."""
-        stall_timeout_s = self._runtime.stall_timeout_s
-        try:
-            async with asyncio.timeout(stall_timeout_s):
-                return await anext(requests, None)
-        except TimeoutError:
-            raise Cancelled(
-                f"nothing was sent for {stall_timeout_s:g} s; the upload was dropped"
-            ) from None
-
     async def _watch(self, supervisor: Supervisor, job: Job, context: Context) -> None:
         """Send the newest state whenever there is one; what came while one was sent is skipped."""
         preview_step = 0
@@ -240,7 +145,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             changed, state = job.changed, job.state
             response = training_pb2.WatchTrainingResponse(training=self._describe(job))
             if state.progress and state.progress.preview_step not in (0, preview_step):
-                preview_step = state.progress.preview_step
+                preview_step = response.preview_step = state.progress.preview_step
                 response.preview = await asyncio.to_thread(_read_if_there, job.folder.preview)
             await write_in_time(context, response, self._runtime.stall_timeout_s)
             if state.has_ended:
@@ -253,23 +158,6 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             await changed.wait()
 
 
-@asynccontextmanager
-async def _read_to_the_end(requests: Requests) -> AsyncGenerator[None]:
-    """Take what a caller still sends, for a moment, before it is told of an error.
-
-    The client of grpc.aio reports INTERNAL, and not what it is told, when a call ends while it
-    writes.
-    """
-    try:
-        yield
-    except Exception:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_REST_OF_UPLOAD_S):
-                async for _ in requests:
-                    pass
-        raise
-
-
 def publish(
     folder: TrainingFolder, spec: TrainingSpec, pipeline: Pipeline, store: ConceptStore
 ) -> str:
@@ -280,18 +168,6 @@ def publish(
     check_fits(concept, manifest.text, text_2=manifest.text_2, model_name=manifest.model_name)
     stored, _ = store.import_concept(concept, overwrite=spec.overwrite)
     return stored.concept_id
-
-
-def _check_free(store: ConceptStore, placeholder_token: str) -> None:
-    """Refuse a name that is taken before hours are spent on learning it."""
-    try:
-        stored = store.get(placeholder_token)
-    except UnknownConcept:
-        return
-    raise ConceptExists(
-        f"{placeholder_token!r} is taken by the concept {stored.concept_id[:12]}...; choose "
-        "another placeholder token, or overwrite it"
-    )
 
 
 def _read_if_there(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from engine.errors import ConfigError
-from engine.files import sync_folder
+from engine.files import sync_path
 from engine.training_folder import TrainingFolder, TrainingRecord, TrainingState, storage_errors
 from engine.training_spec import TrainingLimits
 from engine.training_uploads import Upload
@@ -91,10 +91,10 @@ class TrainingStore:
         with storage_errors():
             upload.folder.write_record(record)
             upload.folder.write_state(state)
-            sync_folder(upload.folder.path)
+            sync_path(upload.folder.path)
             folder = TrainingFolder(self._jobs / record.training_id)
             upload.folder.path.rename(folder.path)
-            sync_folder(self._jobs)
+            sync_path(self._jobs)
         return StoredTraining(folder=folder, record=record, state=state)
 
     def delete(self, folder: TrainingFolder) -> None:
@@ -102,7 +102,7 @@ class TrainingStore:
         doomed = self._trash / folder.path.name
         with storage_errors(), contextlib.suppress(FileNotFoundError):
             folder.path.rename(doomed)
-            sync_folder(self._jobs)
+            sync_path(self._jobs)
         shutil.rmtree(doomed, ignore_errors=True)
 
 

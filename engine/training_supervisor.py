@@ -2,8 +2,9 @@
 
 All methods run on the event loop; what waits for the disk runs in threads. A change of status is on
 disk before it is told. A training ends in one of four ways: its process ends well and its concept
-is stored, it says that it cannot succeed, it crashes too often, or it is cancelled. The end of the
-server is none: what was running goes on from its checkpoint when the server is back.
+is stored, it says that it cannot succeed, it dies too often, or it is cancelled. The end of the
+server is none: what was running goes on from its checkpoint when the server is back. Attempts are
+counted before they begin, so that a training that brings the server down is not tried for ever.
 """
 
 import asyncio
@@ -24,43 +25,23 @@ from engine.errors import (
     UnknownTraining,
     quoted,
 )
-from engine.training_child import TrainingChild, describe_end
 from engine.training_config import TrainingConfig
 from engine.training_folder import Status, TrainingFolder, TrainingRecord, UploadedImage
-from engine.training_reports import Failure, Progress, Report, Skipped
+from engine.training_job import INTERRUPTED, Job, attempt
+from engine.training_reports import Failure
 from engine.training_spec import TrainingSpec
-from engine.training_store import StoredTraining, TrainingStore
+from engine.training_store import TrainingStore
 from engine.training_uploads import Upload
 
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 60.0  # when a queue of trainings may have moved; how long one takes is not known
+_SERVER_DIED = (
+    "the server died during the last of them; if that is for want of memory, ask for a smaller "
+    "batch_size"
+)
 # Stores the concept of a training and returns its id; raises an `OneWordError`.
 Publish = Callable[[TrainingFolder, TrainingSpec], str]
-
-
-class Job:
-    """A training in memory. Whoever waits for a change of it takes `changed` before `state`."""
-
-    def __init__(self, stored: StoredTraining) -> None:
-        self.folder = stored.folder
-        self.record = stored.record
-        self.state = stored.state
-        self.changed = asyncio.Event()
-        self.interrupted = asyncio.Event()  # its process is to end: cancelled, or the server stops
-        self.transition = asyncio.Lock()  # held from reading the status to having changed it
-        self.child: TrainingChild | None = None
-        self.launched = False
-
-    @property
-    def training_id(self) -> str:
-        return self.record.training_id
-
-    def announce(self, **changes: Any) -> None:
-        """Change the state in memory and wake those who wait for it."""
-        self.state = replace(self.state, **changes)
-        before, self.changed = self.changed, asyncio.Event()
-        before.set()
 
 
 class Supervisor:
@@ -259,38 +240,43 @@ class Supervisor:
                     return await self._publish(job)
                 if self._stopping:
                     return None
-                crashes = job.state.crashes + 1
                 logger.warning("training %s: %s", job.training_id, failure.reason)
                 if not failure.retryable:
                     return await self._end(job, "failed", error=failure.reason)
-                if crashes >= self.config.max_crashes:
-                    error = f"given up after {crashes} attempts: {failure.reason}"
-                    return await self._end(job, "failed", crashes=crashes, error=error)
-                await self._change(job, crashes=crashes)
+                if job.state.attempts >= self.config.max_attempts:
+                    error = f"given up after {job.state.attempts} attempts: {failure.reason}"
+                    return await self._end(job, "failed", error=error)
             await _wait(job.interrupted, self.config.retry_delay_s)
 
     async def _attempt(self, job: Job) -> Failure | None:
         """Run one process to its end; None if the result is there."""
         if await asyncio.to_thread(job.folder.concept.exists):
             return None  # it was finished when the last server ended
-        if job.interrupted.is_set():
-            return Failure(reason="interrupted", retryable=True)
-        try:
-            job.child = await TrainingChild.start(self._command, job.folder)
-        except OSError as error:
-            return Failure(
-                reason=f"the learning process cannot be started: {error.strerror}", retryable=True
-            )
-        interrupt = asyncio.create_task(self._interrupt(job, job.child))
-        try:
-            return await _listen(job, job.child)
-        finally:
-            interrupt.cancel()
-            job.child = None
+        if failure := await self._count_attempt(job):
+            return failure
+        failure = await attempt(job, self._command, stop_grace_s=self.config.stop_grace_s)
+        if self._stopping:  # it was told to end: that is no fault of its own
+            async with job.transition:
+                await self._change(job, attempts=job.state.attempts - 1)
+        return failure
 
-    async def _interrupt(self, job: Job, child: TrainingChild) -> None:
-        await job.interrupted.wait()
-        await child.stop(self.config.stop_grace_s)
+    async def _count_attempt(self, job: Job) -> Failure | None:
+        """Count an attempt, on disk, before it begins; returns why it must not begin."""
+        async with job.transition:
+            if job.interrupted.is_set():
+                return INTERRUPTED
+            if job.state.attempts >= self.config.max_attempts:
+                return Failure(reason=_SERVER_DIED, retryable=True)
+            attempts = job.state.attempts + 1
+            try:
+                await asyncio.to_thread(
+                    job.folder.write_state, replace(job.state, attempts=attempts)
+                )
+            except StoreError as error:
+                return Failure(reason=str(error), retryable=True)
+            finally:
+                job.announce(attempts=attempts)
+        return None
 
     async def _publish(self, job: Job) -> None:
         try:
@@ -345,40 +331,6 @@ def _repeated(job: Job, spec: TrainingSpec, images: tuple[UploadedImage, ...]) -
             field="request_id",
         )
     return job
-
-
-async def _listen(job: Job, child: TrainingChild) -> Failure | None:
-    """Take in the reports of a process until it has ended; None if it ended well."""
-    failure: Failure | None = None
-    try:
-        async for report in child.reports():
-            if isinstance(report, Failure):
-                failure = report
-            else:
-                _heed(job, report)
-    except ValueError:
-        logger.exception("training %s: the learning process is not understood", job.training_id)
-        child.kill()
-    code = await child.wait()
-    if code == 0 and await asyncio.to_thread(job.folder.concept.exists):
-        return None
-    return failure or Failure(
-        reason=f"the learning process ended unexpectedly, {describe_end(code)}; if that is for "
-        "want of memory, ask for a smaller batch_size",
-        retryable=True,
-    )
-
-
-def _heed(job: Job, report: Report) -> None:
-    match report:
-        case Progress():
-            job.announce(progress=report)
-        case Skipped():
-            known = {skipped.index for skipped in job.state.skipped}
-            if report.index not in known:  # each process says so again
-                job.announce(skipped=(*job.state.skipped, report))
-        case Failure():
-            pass
 
 
 async def _wait(event: asyncio.Event, at_most_s: float) -> None:

@@ -295,16 +295,21 @@ def _matched_to_proto(concept: Concept) -> generation_pb2.MatchedConcept:
     )
 
 
+def timestamp_to_proto(seconds: float) -> Timestamp:
+    """Seconds since the epoch, UTC, to the microsecond."""
+    timestamp = Timestamp()
+    timestamp.FromMicroseconds(round(seconds * 1e6))
+    return timestamp
+
+
 def concept_to_proto(stored: StoredConcept, concept: Concept | None = None) -> concepts_pb2.Concept:
     """Describe a stored concept; with its metadata where the loaded `concept` is given."""
-    import_time = Timestamp()
-    import_time.FromMicroseconds(round(stored.import_time * 1e6))
     return concepts_pb2.Concept(
         placeholder_token=stored.placeholder_token,
         concept_id=stored.concept_id,
         num_vectors=stored.num_vectors,
         dim=stored.dim,
         embedding_fingerprint=stored.embedding_fingerprint,
-        import_time=import_time,
+        import_time=timestamp_to_proto(stored.import_time),
         metadata=dict(concept.metadata) if concept else {},
     )

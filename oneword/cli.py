@@ -1,4 +1,4 @@
-"""The command `oneword`: learn, evaluate, serve, generate, concepts, demo.
+"""The command `oneword`: learn, evaluate, serve, generate, trainings, concepts, demo.
 
 Only the command that was asked for is imported: a client needs neither PyTorch nor ONNX Runtime.
 """
@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("trainer.evaluate_cli", "measure how faithful and editable learned words are"),
     "serve": ("oneword.serve", "serve a bundle over gRPC"),
     "generate": ("oneword.generate", "draw images, from a server or in this process"),
+    "trainings": ("oneword.trainings", "have a server learn words: create, watch, list, cancel"),
     "concepts": ("oneword.concepts", "import, list, show, export and delete learned words"),
     "demo": ("oneword.demo", "teach the embedded model a word, serve it, draw a contact sheet"),
 }

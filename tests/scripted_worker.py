@@ -39,9 +39,11 @@ def progress(step: int, preview_step: int = 0) -> Progress:
 
 
 def count_attempts(folder: TrainingFolder) -> int:
+    """Note what the server has counted on disk by now; returns how many processes there were."""
     path = folder.path / "attempts"
-    path.write_text("x" * (len(path.read_text()) + 1 if path.exists() else 1))
-    return len(path.read_text())
+    before = path.read_text() if path.exists() else ""
+    path.write_text(before + str(folder.read_state().attempts))
+    return len(before) + 1
 
 
 def finish(folder: TrainingFolder) -> None:

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.learning_setup import random_images
 from trainer import cli
 from trainer.errors import LearningError
 from trainer.learn_arguments import options_from
 from trainer.options import LearnOptions
-from trainer.presets import PRESETS, check_images, preset_options
+from trainer.presets import PRESETS, check_captions, preset_options
 
 FIXED = ["images", "--model", "m", "--output", "o", "--placeholder-token", "<x>"]
 
@@ -103,14 +102,7 @@ def test_help_and_documentation_name_every_preset() -> None:
 
 
 def test_captions_preset_needs_captions_for_every_image() -> None:
-    images = random_images(3)
-    check_images(["2-vectors"], images)
-    captioned = dataclasses.replace(images, captions=(("{} left",), ("red {}",), ("a {}",)))
-    check_images(["human-captions"], captioned)
-    some = dataclasses.replace(images, captions=(("{} left",), (), ()))
-    for given, message in (
-        (images, "3 of 3 have none, such as 0.png: write them into a text file"),
-        (some, "2 of 3 have none, such as 1.png"),
-    ):
-        with pytest.raises(LearningError, match=message):
-            check_images(["paper", "human-captions"], given)
+    check_captions(["2-vectors"], {"0.png": False})
+    check_captions(["human-captions"], {"0.png": True, "1.png": True})
+    with pytest.raises(LearningError, match="2 of 3 have none, such as 1.png: write them into a"):
+        check_captions(["paper", "human-captions"], {"0.png": True, "1.png": False, "2.png": False})

@@ -2,15 +2,16 @@
 
 import argparse
 import asyncio
+import dataclasses
 import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import psutil
@@ -24,8 +25,18 @@ from engine.concepts import read_concept
 from engine.fingerprint import embedding_fingerprint
 from engine.training_folder import TrainingFolder, TrainingRecord
 from engine.training_model import read_fingerprint
+from engine.training_option_wire import options_from_proto, options_to_proto
+from engine.training_options import (
+    AUTO,
+    LEARNABLE_PROPERTIES,
+    MAX_CANDIDATES,
+    MAX_STEPS_BETWEEN,
+    MAX_STOP_WINDOW,
+    OPTIMIZERS,
+    STOP_RULES,
+)
 from engine.training_reports import Failure, Progress, Skipped, from_line, to_line
-from engine.training_spec import LEARNABLE_PROPERTIES, TrainingLimits, TrainingSpec, check_spec
+from engine.training_spec import TrainingLimits, TrainingSpec, check_spec
 from engine.training_store import TrainingStore
 from protos.oneword.v1 import training_pb2
 from protos.oneword.v1.generation_pb2 import GenerateRequest
@@ -61,15 +72,22 @@ async def served(model_path: Path, tmp_path: Path) -> AsyncIterator[LearningServ
     await server.stop()
 
 
-def learned_here(model_path: Path, folder: Path, **options: Any) -> str:
-    """The id of the concept that the trainer learns in this process, without a server."""
+def learned_here(
+    model_path: Path, folder: Path, more: Mapping[str, bytes] | None = None, **options: Any
+) -> tuple[str, float]:
+    """What the trainer learns in this process, without a server: the concept's id, and the
+    evaluation loss before the first step.
+
+    `more` are masks and captions beside the images.
+    """
     folder.mkdir()
-    for name, content in IMAGES.items():
+    for name, content in {**IMAGES, **(more or {})}.items():
         (folder / name).write_bytes(content)
     model = load_model(model_path)
     images = read_images(folder, size=image_size(model), placeholder_token="<cat>")
     *_, last = learn(model, images, LearnOptions(**options))
-    return as_concept(model, last.best_vectors, placeholder_token="<cat>").concept_id
+    concept = as_concept(model, last.best_vectors, placeholder_token="<cat>")
+    return concept.concept_id, last.initial_evaluation_loss
 
 
 async def test_images_become_the_word_that_the_trainer_learns_from_them(
@@ -87,13 +105,68 @@ async def test_images_become_the_word_that_the_trainer_learns_from_them(
     assert "broken image" in ended.skipped_images[0].reason
     previews = [response.preview for response in responses if response.HasField("preview")]
     assert previews and all(Image.open(io.BytesIO(p)).size == (16, 16) for p in previews)
-    assert ended.concept_id == learned_here(model_path, tmp_path / "images", **options)
+    assert ended.concept_id == learned_here(model_path, tmp_path / "images", **options)[0]
     metadata = served.store.find_by_token("<cat>").metadata
     assert (metadata["seed"], metadata["num_vectors"]) == ("5", "2")
     stub = ImageGenerationServiceStub(served.channel)
     call = stub.Generate(GenerateRequest(prompt="a photo of <cat>", num_inference_steps=2))
     *_, summary = [response async for response in call]
     assert [c.concept_id for c in summary.summary.matched_concepts] == [ended.concept_id]
+
+
+async def test_masks_captions_and_options_reach_the_trainer(
+    served: LearningServer, model_path: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "steps": 4,
+        "batch_size": 2,
+        "eval_every": 1,
+        "optimizer": "dti",
+        "stop": "dvar",
+        "stop_window": 2,
+        "stop_threshold": 0.9,
+        "timestep_focus": 0.5,
+        "antithetic": True,
+        "learnable_property": "style",
+        "initializer_token": "auto",
+        "initializer_candidates": ("a", "of"),
+    }
+    mask, captions = grey_png(side=40), "a {} here\n<cat>, by hand\n"
+    with Client(served.address, timeout_s=TIMEOUT_S) as client:
+        created = await asyncio.to_thread(
+            client.training.create,
+            "<cat>",
+            {**IMAGES, "c.png": png(9)},
+            masks={"a.png": mask, "c.png": grey_png(side=8)},
+            captions={"b.png": captions},
+            **options,
+        )
+    assert (created.num_masks, created.num_captioned_images) == (2, 1)
+    ended = await served.ended(created.training_id)
+    assert (ended.state, ended.error) == (SUCCEEDED, "")
+    (skipped,) = ended.skipped_images
+    assert skipped.file_name == "c.png"
+    assert skipped.reason.startswith("its mask is 8 x 8, the upright image 40 x 40")
+    beside = {"a.mask.png": mask, "b.txt": captions.encode()}
+    learned = ended.concept_id, ended.progress.initial_evaluation_loss
+    assert learned == learned_here(model_path, tmp_path / "images", beside, **options)
+    for name in beside:  # both of them count
+        only = {name: beside[name]}
+        _, loss = learned_here(model_path, tmp_path / f"only {name}", only, **options)
+        assert loss != ended.progress.initial_evaluation_loss
+    metadata = served.store.find_by_token("<cat>").metadata
+    told = {"optimizer": "dti", "stop": "dvar", "antithetic": "True", "timestep_focus": "0.5"}
+    assert told.items() <= metadata.items()
+    assert json.loads(metadata["initializer_candidates"]) == ["a", "of"]
+
+
+def grey_png(side: int) -> bytes:
+    """A mask: the left half is white."""
+    levels = np.zeros((side, side), np.uint8)
+    levels[:, : side // 2] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 @pytest.mark.slow
@@ -181,7 +254,7 @@ async def test_killing_the_process_and_the_server_loses_nothing(
         process.kill()
         await asyncio.to_thread(child.wait, TIMEOUT_S)  # it ends by itself
     job = TrainingFolder(folder / "jobs" / training_id)
-    assert (job.read_state().status, job.read_state().crashes) == ("running", 1)
+    assert (job.read_state().status, job.read_state().attempts) == ("running", 2)
     assert job.checkpoint.exists()
 
     pipeline = pipeline_of(load_model(model_path).token_embedding.numpy())
@@ -191,7 +264,7 @@ async def test_killing_the_process_and_the_server_loses_nothing(
     await server.stop()
     assert steps[0] >= 3 and steps == sorted(steps)  # never back at the beginning
     assert (ended.state, ended.error) == (SUCCEEDED, "")
-    assert ended.concept_id == learned_here(model_path, tmp_path / "images", **options)
+    assert ended.concept_id == learned_here(model_path, tmp_path / "images", **options)[0]
 
 
 def test_a_server_without_pytorch_starts_and_says_what_to_install(
@@ -218,7 +291,7 @@ def job(tmp_path: Path) -> TrainingFolder:
     store.open()
     upload = store.begin_upload()
     for name, content in IMAGES.items():
-        upload.add(name, 0, content)
+        upload.add("image", name, 0, content)
     upload.finish(len(IMAGES))
     options = {"steps": 6, "batch_size": 2, "eval_every": 2}
     record = TrainingRecord(
@@ -258,7 +331,7 @@ def test_an_interrupted_run_goes_on_to_the_same_word(
     run.learn()
     progress = [from_line(line) for line in reports.getvalue().splitlines()]
     assert [one.step for one in progress if isinstance(one, Progress)] == [4, 5, 6]
-    expected = learned_here(model_path, tmp_path / "images", **run.record.spec.options)
+    expected, _ = learned_here(model_path, tmp_path / "images", **run.record.spec.options)
     assert read_concept(job.concept).concept_id == expected
 
 
@@ -368,12 +441,47 @@ def test_the_server_reads_both_encoders_of_a_model_with_two(tmp_path: Path) -> N
 def test_what_the_server_takes_the_trainer_takes() -> None:
     limits = TrainingLimits()
     taken: tuple[dict[str, Any], ...] = (
-        {"steps": 1, "batch_size": 1, "num_vectors": 1, "seed": 0},
+        {"steps": 1, "batch_size": 1, "num_vectors": 1, "seed": 0, "eval_every": 1},
         {"steps": limits.max_steps, "batch_size": limits.max_batch_size, "seed": 2**63 - 1},
         {"learning_rate": float(np.nextafter(0.0, 1.0))},
         {"learning_rate": 1.0, "initializer_token": "a cat"},
+        {"stop": "dvar", "stop_window": 2, "stop_threshold": float(np.nextafter(0.0, 1.0))},
+        {"stop_window": MAX_STOP_WINDOW, "stop_threshold": float(np.nextafter(1.0, 0.0))},
+        {"timestep_focus": 0.0, "antithetic": True, "batch_size": 2},
+        {"timestep_focus": 1.0, "antithetic": True, "eval_every": MAX_STEPS_BETWEEN},
+        {"initializer_token": AUTO, "initializer_candidates": ("x",) * MAX_CANDIDATES},
+        {"regularization": 0.0, "per_image_tokens": True},
+        {"progressive": True, "num_vectors": 2},
         *({"learnable_property": name} for name in LEARNABLE_PROPERTIES),
+        *({"optimizer": name} for name in OPTIMIZERS),
+        *({"stop": name} for name in STOP_RULES),
     )
     for options in taken:
         check_spec(TrainingSpec(placeholder_token="<cat>", options=options), limits)
         LearnOptions(**options)
+
+
+def test_every_option_of_learning_can_be_asked_for() -> None:
+    names = {field.name for field in dataclasses.fields(LearnOptions)}
+    assert set(training_pb2.LearnOptions.DESCRIPTOR.fields_by_name) == names
+    for name, words in (
+        ("learnable_property", LEARNABLE_PROPERTIES),
+        ("optimizer", OPTIMIZERS),
+        ("stop", STOP_RULES),
+    ):
+        assert get_args(get_type_hints(LearnOptions)[name]) == words
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"steps": 3, "seed": 2**63 - 1, "learning_rate": 0.1, "antithetic": False},
+        {"optimizer": "dti", "stop": "dvar", "learnable_property": "style"},
+        {"regularization": 0.5, "progressive": True, "num_vectors": 2, "per_image_tokens": False},
+        {"initializer_token": "auto", "initializer_candidates": ("a", "b c")},
+    ],
+)
+def test_options_survive_the_wire(options: dict[str, Any]) -> None:
+    sent = training_pb2.LearnOptions.FromString(options_to_proto(options).SerializeToString())
+    assert options_from_proto(sent) == options

@@ -5,13 +5,14 @@ import dataclasses
 import io
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import numpy as np
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 from safetensors.numpy import save_file
@@ -23,7 +24,9 @@ from engine.sessions import Session
 from engine.store import ConceptStore
 from engine.training_client import create_requests
 from engine.training_config import TrainingConfig
+from engine.training_spec import TrainingLimits
 from protos.oneword.v1 import training_pb2
+from protos.oneword.v1.training_pb2 import CreateTrainingRequest, ImageChunk
 from protos.oneword.v1.training_pb2_grpc import TrainingServiceStub
 from tests.fakes import (
     FakeDenoiser,
@@ -35,11 +38,14 @@ from tests.fakes import (
 
 TIMEOUT_S = 120.0
 SCRIPTED = [sys.executable, "-P", "-m", "tests.scripted_worker"]
-ENDED = (
-    training_pb2.TRAINING_STATE_SUCCEEDED,
-    training_pb2.TRAINING_STATE_FAILED,
-    training_pb2.TRAINING_STATE_CANCELLED,
-)
+QUEUED, RUNNING = training_pb2.TRAINING_STATE_QUEUED, training_pb2.TRAINING_STATE_RUNNING
+CANCELLING = training_pb2.TRAINING_STATE_CANCELLING
+SUCCEEDED, FAILED = training_pb2.TRAINING_STATE_SUCCEEDED, training_pb2.TRAINING_STATE_FAILED
+CANCELLED = training_pb2.TRAINING_STATE_CANCELLED
+ENDED = (SUCCEEDED, FAILED, CANCELLED)
+SMALL = TrainingLimits(max_images=3, max_image_bytes=20_000, max_upload_bytes=30_000, max_uploads=2)
+
+Start = Callable[..., Any]  # starts a learning server, which is stopped at the end of the test
 
 
 def png(seed: int = 0, side: int = 40) -> bytes:
@@ -131,6 +137,8 @@ class LearningServer:
         token: str = "<cat>",
         images: Mapping[str, bytes] | None = None,
         *,
+        masks: Mapping[str, bytes] | None = None,
+        captions: Mapping[str, str] | None = None,
         initializer: str = "",
         options: Mapping[str, Any] | None = None,
         **fields: Any,
@@ -141,7 +149,7 @@ class LearningServer:
             **fields,
         )
         return await self.upload(
-            create_requests(spec, (IMAGES if images is None else images).items())
+            create_requests(spec, IMAGES if images is None else images, masks or {}, captions or {})
         )
 
     async def upload(
@@ -205,3 +213,45 @@ async def _slowly(
     for request in requests:
         yield request
         await asyncio.sleep(0)
+
+
+async def refusal(call: Any) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+def chunk(name: str, data: bytes, offset: int = 0) -> CreateTrainingRequest:
+    return CreateTrainingRequest(image=ImageChunk(file_name=name, offset=offset, data=data))
+
+
+def end(num_images: int) -> CreateTrainingRequest:
+    return CreateTrainingRequest(end=training_pb2.UploadEnd(num_images=num_images))
+
+
+def spec(token: str = "<cat>", **fields: Any) -> CreateTrainingRequest:
+    return CreateTrainingRequest(spec=training_pb2.TrainingSpec(placeholder_token=token, **fields))
+
+
+async def nothing_is_left(served: LearningServer) -> None:
+    for _ in range(500):
+        if not served.leftovers():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(served.leftovers())
+
+
+async def delete(served: LearningServer, training_id: str) -> None:
+    await served.stub.DeleteTraining(training_pb2.DeleteTrainingRequest(training_id=training_id))
+
+
+async def list_all(served: LearningServer, page_size: int = 0) -> list[training_pb2.Training]:
+    found: list[training_pb2.Training] = []
+    request = training_pb2.ListTrainingsRequest(page_size=page_size)
+    while True:
+        page = await served.stub.ListTrainings(request)
+        found.extend(page.trainings)
+        if not page.next_page_token:
+            return found
+        assert len(page.trainings) == page_size
+        request.page_token = page.next_page_token

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -22,11 +21,11 @@ from trainer.images import TrainingImages, read_images
 from trainer.initializer_search import RankedWord
 from trainer.learn_arguments import add_learn_options, options_from
 from trainer.learning import MAX_ROWS, learn
-from trainer.messages import first_line
 from trainer.model import DiffusionModel, load_model
 from trainer.options import LearnOptions
+from trainer.placement import place
 from trainer.precision import Precision, unet_dtype
-from trainer.presets import check_images
+from trainer.presets import check_captions
 from trainer.provenance import concept_metadata
 from trainer.quiet import quiet_libraries
 from trainer.run import LearnState
@@ -130,7 +129,9 @@ class _Job:
             placeholder_token=arguments.placeholder_token,
         )
         _report_images(images, image_size(model))
-        check_images(arguments.presets, images)
+        captions = images.captions or ((),) * len(images.names)
+        captioned = dict(zip(images.names, map(bool, captions), strict=True))
+        check_captions(arguments.presets, captioned)
         identity = RunIdentity.of(
             model, images, options, placeholder_token=arguments.placeholder_token
         )
@@ -274,18 +275,7 @@ def _load_model(arguments: argparse.Namespace) -> DiffusionModel:
     model = load_model(arguments.model, revision=arguments.revision, unet_dtype=dtype)
     if arguments.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    try:
-        device = torch.device(arguments.device)
-        torch.ones(1, device=device).add(1).item()  # `meta` takes weights, but computes nothing
-        for module in model.modules.values():
-            module.to(device)
-    # Unknown name, PyTorch without it, or a device whose own package is missing.
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = first_line(error)
-        raise LearningError(
-            f"cannot use --device {shlex.quote(arguments.device)}: {reason}"
-        ) from error
-    return model
+    return place(model, arguments.device)
 
 
 def _report_images(images: TrainingImages, size: int) -> None:

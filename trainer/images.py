@@ -20,8 +20,9 @@ from engine.files import sha256_of_file
 from engine.images import flatten
 from engine.requests import RgbImage
 from trainer.captions import BadCaption, read_captions
+from trainer.companions import Companions
 from trainer.errors import NoUsableImages
-from trainer.masks import BadMask, masked_stem, open_mask, to_weights, transparency
+from trainer.masks import BadMask, open_mask, to_weights, transparency
 from trainer.messages import first_line
 
 # Only decoders that work in this process: Pillow would hand EPS files to an external program.
@@ -70,38 +71,6 @@ class _Square:
     side: int  # of the square that was cropped
 
 
-@dataclass(frozen=True, slots=True)
-class _Companions:
-    """Files that say something of the image of the same name."""
-
-    masks: dict[str, Path]  # by the image's name without suffix
-    captions: dict[str, Path]
-
-    @classmethod
-    def among(cls, paths: list[Path]) -> "_Companions":
-        masks: dict[str, Path] = {}
-        for path in paths:
-            if (stem := masked_stem(path.name)) is not None:
-                masks.setdefault(stem, path)
-        texts = {path.stem: path for path in paths if path.suffix.lower() == ".txt"}
-        pictured = {path.stem for path in paths if path not in texts.values()}
-        return cls(masks, {stem: path for stem, path in texts.items() if stem in pictured})
-
-    def holds(self, path: Path) -> bool:
-        return masked_stem(path.name) is not None or path in self.captions.values()
-
-    def idle(self, path: Path, paths: list[Path]) -> str | None:
-        """Why a mask is of no use; None if it is used, and for captions."""
-        stem = masked_stem(path.name)
-        if stem is None:
-            return None
-        if not any(other.stem == stem and not self.holds(other) for other in paths):
-            return f"no image is named {stem!r}, whose mask it would be"
-        if self.masks[stem] != path:
-            return f"{stem!r} has the mask {self.masks[stem].name} already"
-        return None
-
-
 class _Unusable(Exception):
     """Why one file is skipped."""
 
@@ -115,7 +84,7 @@ def read_images(folder: Path, *, size: int, placeholder_token: str | None = "{}"
     Raises `NoUsableImages` if the folder is missing or nothing in it can be used.
     """
     paths = _files(folder)
-    companions = _Companions.among(paths)
+    companions = Companions.among(paths)
     squares: dict[str, _Square] = {}
     skipped: list[SkippedFile] = []
     seen: dict[bytes, str] = {}
@@ -180,7 +149,7 @@ def _nothing_usable(folder: Path, skipped: list[SkippedFile]) -> str:
 
 
 def _read_square(
-    path: Path, size: int, companions: _Companions, placeholder_token: str | None
+    path: Path, size: int, companions: Companions, placeholder_token: str | None
 ) -> _Square:
     """The image as a square of `size` pixels, with what its companions say of it."""
     if path.name.startswith("."):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer.errors import LearningError
-from trainer.images import TrainingImages
 from trainer.options import LearnOptions
 
 # The authors' code multiplies its base rates by batch size and number of GPUs.
@@ -75,16 +74,15 @@ def preset_options(names: Sequence[str], given: Mapping[str, Any]) -> LearnOptio
     return replace(options, learning_rate=min(rate_per_sample * options.batch_size, 1.0))
 
 
-def check_images(names: Sequence[str], images: TrainingImages) -> None:
-    """Raise `LearningError` if a preset needs what the images do not have."""
+def check_captions(names: Sequence[str], captioned: Mapping[str, bool]) -> None:
+    """Raise `LearningError` where a preset needs captions and an image, by its name, has none."""
     if not any(PRESETS[name].needs_captions for name in names):
         return
-    captions = images.captions or ((),) * len(images.names)
-    without = [name for name, own in zip(images.names, captions, strict=True) if not own]
+    without = [name for name, has_some in captioned.items() if not has_some]
     if without:
         raise LearningError(
             f"--preset human-captions needs captions for every image; {len(without)} of "
-            f"{len(images.names)} have none, such as {without[0]}: write them into a text file of "
+            f"{len(captioned)} have none, such as {without[0]}: write them into a text file of "
             "the same name beside each, as in cat.txt for cat.jpg, one sentence a line with {} "
             "where the word goes"
         )

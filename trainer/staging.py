@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
+from engine.files import sync_path
+
 _KINDS = ("building", "replaced")
 
 
@@ -123,7 +125,7 @@ def _swap(staging: Path, output: Path) -> None:
                 if previous.exists() and not output.exists():
                     os.replace(previous, output)
                 raise
-    _sync(output.parent)
+    sync_path(output.parent)
 
 
 def _open_to_all(folder: Path) -> None:
@@ -134,13 +136,5 @@ def _open_to_all(folder: Path) -> None:
 
 def _sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_path(path)
+    sync_path(folder)

@@ -42,6 +42,7 @@ from trainer.learning import learn
 from trainer.messages import first_line
 from trainer.model import DiffusionModel, load_model
 from trainer.options import LearnOptions
+from trainer.placement import place
 from trainer.precision import unet_dtype
 from trainer.provenance import concept_metadata
 from trainer.quiet import quiet_libraries
@@ -93,7 +94,8 @@ def failure_of(error: Exception, model: Path) -> Failure:
     match error:
         case OneWordError():
             reason = first_line(error).replace(str(model), "the training model")
-            retryable = False
+            # A device that is full has no room now: what fills it may be gone soon.
+            retryable = isinstance(error.__cause__, torch.OutOfMemoryError)
         case OSError() if is_full(error):
             reason, retryable = "the disk of the trainings is full", True
         case MemoryError() | torch.OutOfMemoryError():
@@ -171,9 +173,8 @@ class Run:
         record = folder.read_record()
         token = record.spec.placeholder_token
         options = LearnOptions(**record.spec.options)
-        model = load_model(arguments.model, unet_dtype=unet_dtype("auto", arguments.device))
-        for module in model.modules.values():
-            module.to(torch.device(arguments.device))
+        dtype = unet_dtype("auto", arguments.device)
+        model = place(load_model(arguments.model, unet_dtype=dtype), arguments.device)
         try:
             images = read_images(folder.images, size=image_size(model), placeholder_token=token)
         except NoUsableImages as error:
@@ -263,9 +264,14 @@ class Run:
 
 
 def with_file_names(text: str, record: TrainingRecord) -> str:
-    """A message about stored images with the names that the caller gave them."""
+    """A message about stored images with the names that the caller gave them.
+
+    Masks and captions have none of their own: "its mask" says enough.
+    """
     for index, image in enumerate(record.images):
-        text = text.replace(TrainingFolder.image_name(index, image.sha256), image.file_name)
+        name = TrainingFolder.image_name(index, image.sha256)
+        text = text.replace(f" {name}.mask.png", "").replace(f" {name}.txt", "")
+        text = text.replace(name, image.file_name)
     return text
 
 

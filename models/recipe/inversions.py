@@ -22,6 +22,7 @@ from trainer.images import read_images
 from trainer.learning import learn
 from trainer.model import DiffusionModel, load_model
 from trainer.options import LearnOptions
+from trainer.placement import place
 from trainer.quiet import quiet_libraries
 from trainer.sampling import image_size, sample_images
 from trainer.splicing import text_spec
@@ -106,10 +107,7 @@ def _learn(model: Path, folder: Path, device: torch.device) -> Learned:
 def on_device(model: Path, device: torch.device) -> DiffusionModel:
     """The model as the trainer reads it, on a device."""
     quiet_libraries()
-    loaded = load_model(model)
-    for part in (loaded.text_encoder, loaded.unet, loaded.vae):
-        part.to(device)  # pyright: ignore[reportArgumentType]
-    return loaded
+    return place(load_model(model), device)
 
 
 def judge_all(

@@ -61,6 +61,7 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
+    TRAINING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """The loaded model."""
@@ -77,6 +78,10 @@ class GetServerInfoResponse(_message.Message):
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Version by component: `oneword`, and the libraries that the model was exported with."""
 
+    @_builtins.property
+    def training(self) -> Global___TrainingLimits:
+        """What a training may ask for; absent where the server was started without a model to learn on."""
+
     def __init__(
         self,
         *,
@@ -84,10 +89,11 @@ class GetServerInfoResponse(_message.Message):
         limits: Global___RequestLimits | None = ...,
         load: Global___Load | None = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        training: Global___TrainingLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "model", b"model", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "model", b"model", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "model", b"model", "training", b"training", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -198,6 +204,80 @@ class RequestLimits(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestLimits: _TypeAlias = RequestLimits  # noqa: Y015
+
+@_typing.final
+class TrainingLimits(_message.Message):
+    """What one training may ask for, and what all of them may take up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_IMAGES_FIELD_NUMBER: _builtins.int
+    MAX_IMAGE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_IMAGE_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_CAPTIONS_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_UPLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    UPLOAD_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    MAX_STEPS_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_NUM_VECTORS_FIELD_NUMBER: _builtins.int
+    MAX_UPLOADS_FIELD_NUMBER: _builtins.int
+    MAX_TRAINING_JOBS_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_TRAININGS_FIELD_NUMBER: _builtins.int
+    MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    MAX_KEPT_TRAININGS_FIELD_NUMBER: _builtins.int
+    max_images: _builtins.int
+    """Images of a training."""
+    max_image_bytes: _builtins.int
+    """Bytes of one image, and of one mask."""
+    max_image_pixels: _builtins.int
+    """Pixels of one image, and of one mask; width times height."""
+    max_captions_bytes: _builtins.int
+    """Bytes of the captions of one image, as UTF-8."""
+    max_upload_bytes: _builtins.int
+    """Bytes of a training: its images, masks and captions."""
+    upload_timeout_s: _builtins.float
+    """Seconds from the spec to the end of an upload."""
+    max_steps: _builtins.int
+    """Steps."""
+    max_batch_size: _builtins.int
+    """Samples in a step."""
+    max_num_vectors: _builtins.int
+    """Length of the new word in tokens; the model may allow fewer."""
+    max_uploads: _builtins.int
+    """Uploads at the same time; more are refused."""
+    max_training_jobs: _builtins.int
+    """Trainings that learn at the same time; others wait."""
+    max_queued_trainings: _builtins.int
+    """Trainings that wait; more are refused."""
+    max_attempts: _builtins.int
+    """Attempts that a training has, the first included, where its process or the server dies of it."""
+    max_kept_trainings: _builtins.int
+    """Trainings that are kept after their end; beyond, the oldest are forgotten."""
+    def __init__(
+        self,
+        *,
+        max_images: _builtins.int = ...,
+        max_image_bytes: _builtins.int = ...,
+        max_image_pixels: _builtins.int = ...,
+        max_captions_bytes: _builtins.int = ...,
+        max_upload_bytes: _builtins.int = ...,
+        upload_timeout_s: _builtins.float = ...,
+        max_steps: _builtins.int = ...,
+        max_batch_size: _builtins.int = ...,
+        max_num_vectors: _builtins.int = ...,
+        max_uploads: _builtins.int = ...,
+        max_training_jobs: _builtins.int = ...,
+        max_queued_trainings: _builtins.int = ...,
+        max_attempts: _builtins.int = ...,
+        max_kept_trainings: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_attempts", b"max_attempts", "max_batch_size", b"max_batch_size", "max_captions_bytes", b"max_captions_bytes", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_images", b"max_images", "max_kept_trainings", b"max_kept_trainings", "max_num_vectors", b"max_num_vectors", "max_queued_trainings", b"max_queued_trainings", "max_steps", b"max_steps", "max_training_jobs", b"max_training_jobs", "max_upload_bytes", b"max_upload_bytes", "max_uploads", b"max_uploads", "upload_timeout_s", b"upload_timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainingLimits: _TypeAlias = TrainingLimits  # noqa: Y015
 
 @_typing.final
 class Load(_message.Message):

@@ -25,55 +25,61 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n protos/oneword/v1/training.proto\x12\noneword.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x01\n\x0cTrainingSpec\x12\x19\n\x11placeholder_token\x18\x01 \x01(\t\x12)\n\x07options\x18\x02 \x01(\x0b\x32\x18.oneword.v1.LearnOptions\x12\x11\n\toverwrite\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x1b\n\x13preview_every_steps\x18\x05 \x01(\r\"\x9e\x02\n\x0cLearnOptions\x12\x12\n\x05steps\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bnum_vectors\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x19\n\x11initializer_token\x18\x05 \x01(\t\x12\x39\n\x12learnable_property\x18\x06 \x01(\x0e\x32\x1d.oneword.v1.LearnableProperty\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x04\x88\x01\x01\x42\x08\n\x06_stepsB\r\n\x0b_batch_sizeB\x10\n\x0e_learning_rateB\x0e\n\x0c_num_vectorsB\x07\n\x05_seed\"=\n\nImageChunk\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1f\n\tUploadEnd\x12\x12\n\nnum_images\x18\x01 \x01(\r\"\x98\x01\n\x15\x43reateTrainingRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x18.oneword.v1.TrainingSpecH\x00\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x16.oneword.v1.ImageChunkH\x00\x12$\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x15.oneword.v1.UploadEndH\x00\x42\x06\n\x04part\"@\n\x16\x43reateTrainingResponse\x12&\n\x08training\x18\x01 \x01(\x0b\x32\x14.oneword.v1.Training\"\xb1\x03\n\x08Training\x12\x13\n\x0btraining_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.oneword.v1.TrainingState\x12&\n\x04spec\x18\x03 \x01(\x0b\x32\x18.oneword.v1.TrainingSpec\x12\x12\n\nnum_images\x18\x04 \x01(\r\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0equeue_position\x18\x08 \x01(\r\x12.\n\x08progress\x18\t \x01(\x0b\x32\x1c.oneword.v1.TrainingProgress\x12\x30\n\x0eskipped_images\x18\n \x03(\x0b\x32\x18.oneword.v1.SkippedImage\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x12\n\nconcept_id\x18\x0c \x01(\t\"\x9d\x01\n\x10TrainingProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x11\n\x04loss\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x17initial_evaluation_loss\x18\x04 \x01(\x01\x12\x1c\n\x14\x62\x65st_evaluation_loss\x18\x05 \x01(\x01\x12\x11\n\tbest_step\x18\x06 \x01(\rB\x07\n\x05_loss\"1\n\x0cSkippedImage\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\")\n\x12GetTrainingRequest\x12\x13\n\x0btraining_id\x18\x01 \x01(\t\"S\n\x13GetTrainingResponse\x12&\n\x08training\x18\x01 \x01(\x0b\x32\x14.oneword.v1.Training\x12\x14\n\x0c\x63oncept_file\x18\x02 \x01(\x0c\"+\n\x14WatchTrainingRequest\x12\x13\n\x0btraining_id\x18\x01 \x01(\t\"a\n\x15WatchTrainingResponse\x12&\n\x08training\x18\x01 \x01(\x0b\x32\x14.oneword.v1.Training\x12\x14\n\x07preview\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\n\n\x08_preview\",\n\x15\x43\x61ncelTrainingRequest\x12\x13\n\x0btraining_id\x18\x01 \x01(\t\"@\n\x16\x43\x61ncelTrainingResponse\x12&\n\x08training\x18\x01 \x01(\x0b\x32\x14.oneword.v1.Training\"=\n\x14ListTrainingsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x15ListTrainingsResponse\x12\'\n\ttrainings\x18\x01 \x03(\x0b\x32\x14.oneword.v1.Training\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\",\n\x15\x44\x65leteTrainingRequest\x12\x13\n\x0btraining_id\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteTrainingResponse*\xdc\x01\n\rTrainingState\x12\x1e\n\x1aTRAINING_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15TRAINING_STATE_QUEUED\x10\x01\x12\x1a\n\x16TRAINING_STATE_RUNNING\x10\x02\x12\x1d\n\x19TRAINING_STATE_CANCELLING\x10\x03\x12\x1c\n\x18TRAINING_STATE_SUCCEEDED\x10\x04\x12\x19\n\x15TRAINING_STATE_FAILED\x10\x05\x12\x1c\n\x18TRAINING_STATE_CANCELLED\x10\x06*t\n\x11LearnableProperty\x12\"\n\x1eLEARNABLE_PROPERTY_UNSPECIFIED\x10\x00\x12\x1d\n\x19LEARNABLE_PROPERTY_OBJECT\x10\x01\x12\x1c\n\x18LEARNABLE_PROPERTY_STYLE\x10\x02\x32\x9c\x04\n\x0fTrainingService\x12Y\n\x0e\x43reateTraining\x12!.oneword.v1.CreateTrainingRequest\x1a\".oneword.v1.CreateTrainingResponse(\x01\x12N\n\x0bGetTraining\x12\x1e.oneword.v1.GetTrainingRequest\x1a\x1f.oneword.v1.GetTrainingResponse\x12V\n\rWatchTraining\x12 .oneword.v1.WatchTrainingRequest\x1a!.oneword.v1.WatchTrainingResponse0\x01\x12W\n\x0e\x43\x61ncelTraining\x12!.oneword.v1.CancelTrainingRequest\x1a\".oneword.v1.CancelTrainingResponse\x12T\n\rListTrainings\x12 .oneword.v1.ListTrainingsRequest\x1a!.oneword.v1.ListTrainingsResponse\x12W\n\x0e\x44\x65leteTraining\x12!.oneword.v1.DeleteTrainingRequest\x1a\".oneword.v1.DeleteTrainingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n protos/oneword/v1/training.proto\x12\noneword.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x01\n\x0cTrainingSpec\x12\x19\n\x11placeholder_token\x18\x01 \x01(\t\x12)\n\x07options\x18\x02 \x01(\x0b\x32\x18.oneword.v1.LearnOptions\x12\x11\n\toverwrite\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x1b\n\x13preview_every_steps\x18\x05 \x01(\r\"\xf4\x05\n\x0cLearnOptions\x12\x12\n\x05steps\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rlearning_rate\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bnum_vectors\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x19\n\x11initializer_token\x18\x05 \x01(\t\x12\x39\n\x12learnable_property\x18\x06 \x01(\x0e\x32\x1d.oneword.v1.LearnableProperty\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x04\x88\x01\x01\x12(\n\toptimizer\x18\x08 \x01(\x0e\x32\x15.oneword.v1.Optimizer\x12\x17\n\neval_every\x18\t \x01(\rH\x05\x88\x01\x01\x12\"\n\x04stop\x18\n \x01(\x0e\x32\x14.oneword.v1.StopRule\x12\x18\n\x0bstop_window\x18\x0b \x01(\rH\x06\x88\x01\x01\x12\x1b\n\x0estop_threshold\x18\x0c \x01(\x01H\x07\x88\x01\x01\x12\x1b\n\x0etimestep_focus\x18\r \x01(\x01H\x08\x88\x01\x01\x12\x17\n\nantithetic\x18\x0e \x01(\x08H\t\x88\x01\x01\x12\x1e\n\x16initializer_candidates\x18\x0f \x03(\t\x12\x1b\n\x0eregularization\x18\x10 \x01(\x01H\n\x88\x01\x01\x12\x18\n\x0bprogressive\x18\x11 \x01(\x08H\x0b\x88\x01\x01\x12\x1d\n\x10per_image_tokens\x18\x12 \x01(\x08H\x0c\x88\x01\x01\x42\x08\n\x06_stepsB\r\n\x0b_batch_sizeB\x10\n\x0e_learning_rateB\x0e\n\x0c_num_vectorsB\x07\n\x05_seedB\r\n\x0b_eval_everyB\x0e\n\x0c_stop_windowB\x11\n\x0f_stop_thresholdB\x11\n\x0f_timestep_focusB\r\n\x0b_antitheticB\x11\n\x0f_regularizationB\x0e\n\x0c_progressiveB\x13\n\x11_per_image_tokens\"=\n\nImageChunk\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"0\n\rImageCaptions\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x1f\n\tUploadEnd\x12\x12\n\nnum_images\x18\x01 \x01(\r\"\xef\x01\n\x15\x43reateTrainingRequest\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x18.oneword.v1.TrainingSpecH\x00\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x16.oneword.v1.ImageChunkH\x00\x12$\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x15.oneword.v1.UploadEndH\x00\x12&\n\x04mask\x18\x04 \x01(\x0b\x32\x16.oneword.v1.ImageChunkH\x00\x12-\n\x08\x63\x61ptions\x18\x05 \x01(\x0b\x32\x19.oneword.v1.ImageCaptionsH\x00\x42\x06\n\x04part\"@\n\x16\x43reateTrainingResponse\x12&\n\x08training\x18\x01 \x01(\x0b\x32\x14.oneword.v1.Training\"\xe2\x03\n\x08Training\x12\x13\n\x0btraining_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.oneword.v1.TrainingState\x12&\n\x04spec\x18\x03 \x01(\x0b\x32\x18.oneword.v1.TrainingSpec\x12\x12\n\nnum_images\x18\x04 \x01(\r\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0equeue_position\x18\x08 \x01(\r\x12.\n\x08progress\x18\t \x01(\x0b\x32\x1c.oneword.v1.TrainingProgress\x12\x30\n\x0eskipped_images\x18\n \x03(\x0b\x32\x18.oneword.v1.SkippedImage\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x12\n\nconcept_id\x18\x0c \x01(\t\x12\x11\n\tnum_masks\x18\r \x01(\r\x12\x1c\n\x14num_captioned_images\x18\x0e \x01(\r\"\x9d\x01\n\x10TrainingProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x11\n\x04loss\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x17initial_evaluation_loss\x18\x04 \x01(\x01\x12\x1c\n\x14\x62\x65st_evaluation_loss\x18\x05 \x01(\x01\x12\x11\n\tbest_step\x18\x06 \x01(\rB\x07\n\x05_loss\"1\n\x0cSkippedImage\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\")\n\x12GetTrainingRequest\x12\x13\n\x0btraining_id\x18\x01 \x01(\t\"S\n\x13GetTrainingResponse\x12&\n\x08training\x18\x01 \x01(\x0b\x32\x14.oneword.v1.Training\x12\x14\n\x0c\x63oncept_file\x18\x02 \x01(\x0c\"+\n\x14WatchTrainingRequest\x12\x13\n\x0btraining_id\x18\x01 \x01(\t\"w\n\x15WatchTrainingResponse\x12&\n\x08training\x18\x01 \x01(\x0b\x32\x14.oneword.v1.Training\x12\x14\n\x07preview\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12\x14\n\x0cpreview_step\x18\x03 \x01(\rB\n\n\x08_preview\",\n\x15\x43\x61ncelTrainingRequest\x12\x13\n\x0btraining_id\x18\x01 \x01(\t\"@\n\x16\x43\x61ncelTrainingResponse\x12&\n\x08training\x18\x01 \x01(\x0b\x32\x14.oneword.v1.Training\"=\n\x14ListTrainingsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x15ListTrainingsResponse\x12\'\n\ttrainings\x18\x01 \x03(\x0b\x32\x14.oneword.v1.Training\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\",\n\x15\x44\x65leteTrainingRequest\x12\x13\n\x0btraining_id\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteTrainingResponse*\xdc\x01\n\rTrainingState\x12\x1e\n\x1aTRAINING_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15TRAINING_STATE_QUEUED\x10\x01\x12\x1a\n\x16TRAINING_STATE_RUNNING\x10\x02\x12\x1d\n\x19TRAINING_STATE_CANCELLING\x10\x03\x12\x1c\n\x18TRAINING_STATE_SUCCEEDED\x10\x04\x12\x19\n\x15TRAINING_STATE_FAILED\x10\x05\x12\x1c\n\x18TRAINING_STATE_CANCELLED\x10\x06*t\n\x11LearnableProperty\x12\"\n\x1eLEARNABLE_PROPERTY_UNSPECIFIED\x10\x00\x12\x1d\n\x19LEARNABLE_PROPERTY_OBJECT\x10\x01\x12\x1c\n\x18LEARNABLE_PROPERTY_STYLE\x10\x02*b\n\tOptimizer\x12\x19\n\x15OPTIMIZER_UNSPECIFIED\x10\x00\x12\x12\n\x0eOPTIMIZER_ADAM\x10\x01\x12\x13\n\x0fOPTIMIZER_ADAMW\x10\x02\x12\x11\n\rOPTIMIZER_DTI\x10\x03*N\n\x08StopRule\x12\x19\n\x15STOP_RULE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTOP_RULE_STEPS\x10\x01\x12\x12\n\x0eSTOP_RULE_DVAR\x10\x02\x32\x9c\x04\n\x0fTrainingService\x12Y\n\x0e\x43reateTraining\x12!.oneword.v1.CreateTrainingRequest\x1a\".oneword.v1.CreateTrainingResponse(\x01\x12N\n\x0bGetTraining\x12\x1e.oneword.v1.GetTrainingRequest\x1a\x1f.oneword.v1.GetTrainingResponse\x12V\n\rWatchTraining\x12 .oneword.v1.WatchTrainingRequest\x1a!.oneword.v1.WatchTrainingResponse0\x01\x12W\n\x0e\x43\x61ncelTraining\x12!.oneword.v1.CancelTrainingRequest\x1a\".oneword.v1.CancelTrainingResponse\x12T\n\rListTrainings\x12 .oneword.v1.ListTrainingsRequest\x1a!.oneword.v1.ListTrainingsResponse\x12W\n\x0e\x44\x65leteTraining\x12!.oneword.v1.DeleteTrainingRequest\x1a\".oneword.v1.DeleteTrainingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.oneword.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRAININGSTATE']._serialized_start=2100
-  _globals['_TRAININGSTATE']._serialized_end=2320
-  _globals['_LEARNABLEPROPERTY']._serialized_start=2322
-  _globals['_LEARNABLEPROPERTY']._serialized_end=2438
+  _globals['_TRAININGSTATE']._serialized_start=2778
+  _globals['_TRAININGSTATE']._serialized_end=2998
+  _globals['_LEARNABLEPROPERTY']._serialized_start=3000
+  _globals['_LEARNABLEPROPERTY']._serialized_end=3116
+  _globals['_OPTIMIZER']._serialized_start=3118
+  _globals['_OPTIMIZER']._serialized_end=3216
+  _globals['_STOPRULE']._serialized_start=3218
+  _globals['_STOPRULE']._serialized_end=3296
   _globals['_TRAININGSPEC']._serialized_start=82
   _globals['_TRAININGSPEC']._serialized_end=234
   _globals['_LEARNOPTIONS']._serialized_start=237
-  _globals['_LEARNOPTIONS']._serialized_end=523
-  _globals['_IMAGECHUNK']._serialized_start=525
-  _globals['_IMAGECHUNK']._serialized_end=586
-  _globals['_UPLOADEND']._serialized_start=588
-  _globals['_UPLOADEND']._serialized_end=619
-  _globals['_CREATETRAININGREQUEST']._serialized_start=622
-  _globals['_CREATETRAININGREQUEST']._serialized_end=774
-  _globals['_CREATETRAININGRESPONSE']._serialized_start=776
-  _globals['_CREATETRAININGRESPONSE']._serialized_end=840
-  _globals['_TRAINING']._serialized_start=843
-  _globals['_TRAINING']._serialized_end=1276
-  _globals['_TRAININGPROGRESS']._serialized_start=1279
-  _globals['_TRAININGPROGRESS']._serialized_end=1436
-  _globals['_SKIPPEDIMAGE']._serialized_start=1438
-  _globals['_SKIPPEDIMAGE']._serialized_end=1487
-  _globals['_GETTRAININGREQUEST']._serialized_start=1489
-  _globals['_GETTRAININGREQUEST']._serialized_end=1530
-  _globals['_GETTRAININGRESPONSE']._serialized_start=1532
-  _globals['_GETTRAININGRESPONSE']._serialized_end=1615
-  _globals['_WATCHTRAININGREQUEST']._serialized_start=1617
-  _globals['_WATCHTRAININGREQUEST']._serialized_end=1660
-  _globals['_WATCHTRAININGRESPONSE']._serialized_start=1662
-  _globals['_WATCHTRAININGRESPONSE']._serialized_end=1759
-  _globals['_CANCELTRAININGREQUEST']._serialized_start=1761
-  _globals['_CANCELTRAININGREQUEST']._serialized_end=1805
-  _globals['_CANCELTRAININGRESPONSE']._serialized_start=1807
-  _globals['_CANCELTRAININGRESPONSE']._serialized_end=1871
-  _globals['_LISTTRAININGSREQUEST']._serialized_start=1873
-  _globals['_LISTTRAININGSREQUEST']._serialized_end=1934
-  _globals['_LISTTRAININGSRESPONSE']._serialized_start=1936
-  _globals['_LISTTRAININGSRESPONSE']._serialized_end=2025
-  _globals['_DELETETRAININGREQUEST']._serialized_start=2027
-  _globals['_DELETETRAININGREQUEST']._serialized_end=2071
-  _globals['_DELETETRAININGRESPONSE']._serialized_start=2073
-  _globals['_DELETETRAININGRESPONSE']._serialized_end=2097
-  _globals['_TRAININGSERVICE']._serialized_start=2441
-  _globals['_TRAININGSERVICE']._serialized_end=2981
+  _globals['_LEARNOPTIONS']._serialized_end=993
+  _globals['_IMAGECHUNK']._serialized_start=995
+  _globals['_IMAGECHUNK']._serialized_end=1056
+  _globals['_IMAGECAPTIONS']._serialized_start=1058
+  _globals['_IMAGECAPTIONS']._serialized_end=1106
+  _globals['_UPLOADEND']._serialized_start=1108
+  _globals['_UPLOADEND']._serialized_end=1139
+  _globals['_CREATETRAININGREQUEST']._serialized_start=1142
+  _globals['_CREATETRAININGREQUEST']._serialized_end=1381
+  _globals['_CREATETRAININGRESPONSE']._serialized_start=1383
+  _globals['_CREATETRAININGRESPONSE']._serialized_end=1447
+  _globals['_TRAINING']._serialized_start=1450
+  _globals['_TRAINING']._serialized_end=1932
+  _globals['_TRAININGPROGRESS']._serialized_start=1935
+  _globals['_TRAININGPROGRESS']._serialized_end=2092
+  _globals['_SKIPPEDIMAGE']._serialized_start=2094
+  _globals['_SKIPPEDIMAGE']._serialized_end=2143
+  _globals['_GETTRAININGREQUEST']._serialized_start=2145
+  _globals['_GETTRAININGREQUEST']._serialized_end=2186
+  _globals['_GETTRAININGRESPONSE']._serialized_start=2188
+  _globals['_GETTRAININGRESPONSE']._serialized_end=2271
+  _globals['_WATCHTRAININGREQUEST']._serialized_start=2273
+  _globals['_WATCHTRAININGREQUEST']._serialized_end=2316
+  _globals['_WATCHTRAININGRESPONSE']._serialized_start=2318
+  _globals['_WATCHTRAININGRESPONSE']._serialized_end=2437
+  _globals['_CANCELTRAININGREQUEST']._serialized_start=2439
+  _globals['_CANCELTRAININGREQUEST']._serialized_end=2483
+  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2485
+  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2549
+  _globals['_LISTTRAININGSREQUEST']._serialized_start=2551
+  _globals['_LISTTRAININGSREQUEST']._serialized_end=2612
+  _globals['_LISTTRAININGSRESPONSE']._serialized_start=2614
+  _globals['_LISTTRAININGSRESPONSE']._serialized_end=2703
+  _globals['_DELETETRAININGREQUEST']._serialized_start=2705
+  _globals['_DELETETRAININGREQUEST']._serialized_end=2749
+  _globals['_DELETETRAININGRESPONSE']._serialized_start=2751
+  _globals['_DELETETRAININGRESPONSE']._serialized_end=2775
+  _globals['_TRAININGSERVICE']._serialized_start=3299
+  _globals['_TRAININGSERVICE']._serialized_end=3839
 # @@protoc_insertion_point(module_scope)

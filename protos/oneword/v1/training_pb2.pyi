@@ -84,6 +84,58 @@ LEARNABLE_PROPERTY_STYLE: LearnableProperty.ValueType  # 2
 """One style."""
 Global___LearnableProperty: _TypeAlias = LearnableProperty  # noqa: Y015
 
+class _Optimizer:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OptimizerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Optimizer.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OPTIMIZER_UNSPECIFIED: _Optimizer.ValueType  # 0
+    """As `oneword learn` has it."""
+    OPTIMIZER_ADAM: _Optimizer.ValueType  # 1
+    """Adam, at most as long as a word."""
+    OPTIMIZER_ADAMW: _Optimizer.ValueType  # 2
+    """AdamW with weight decay and a constant rate, as in the paper."""
+    OPTIMIZER_DTI: _Optimizer.ValueType  # 3
+    """Along the sphere, exactly as long as a word (DTI)."""
+
+class Optimizer(_Optimizer, metaclass=_OptimizerEnumTypeWrapper):
+    """How the vectors move; docs/learning.md compares them."""
+
+OPTIMIZER_UNSPECIFIED: Optimizer.ValueType  # 0
+"""As `oneword learn` has it."""
+OPTIMIZER_ADAM: Optimizer.ValueType  # 1
+"""Adam, at most as long as a word."""
+OPTIMIZER_ADAMW: Optimizer.ValueType  # 2
+"""AdamW with weight decay and a constant rate, as in the paper."""
+OPTIMIZER_DTI: Optimizer.ValueType  # 3
+"""Along the sphere, exactly as long as a word (DTI)."""
+Global___Optimizer: _TypeAlias = Optimizer  # noqa: Y015
+
+class _StopRule:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StopRuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopRule.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STOP_RULE_UNSPECIFIED: _StopRule.ValueType  # 0
+    """As `oneword learn` has it."""
+    STOP_RULE_STEPS: _StopRule.ValueType  # 1
+    """After the last step."""
+    STOP_RULE_DVAR: _StopRule.ValueType  # 2
+    """As soon as the evaluation loss has settled (DVAR), at the latest after the last step."""
+
+class StopRule(_StopRule, metaclass=_StopRuleEnumTypeWrapper):
+    """When learning ends."""
+
+STOP_RULE_UNSPECIFIED: StopRule.ValueType  # 0
+"""As `oneword learn` has it."""
+STOP_RULE_STEPS: StopRule.ValueType  # 1
+"""After the last step."""
+STOP_RULE_DVAR: StopRule.ValueType  # 2
+"""As soon as the evaluation loss has settled (DVAR), at the latest after the last step."""
+Global___StopRule: _TypeAlias = StopRule  # noqa: Y015
+
 @_typing.final
 class TrainingSpec(_message.Message):
     """What is to be learned."""
@@ -142,22 +194,67 @@ class LearnOptions(_message.Message):
     INITIALIZER_TOKEN_FIELD_NUMBER: _builtins.int
     LEARNABLE_PROPERTY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    EVAL_EVERY_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    STOP_WINDOW_FIELD_NUMBER: _builtins.int
+    STOP_THRESHOLD_FIELD_NUMBER: _builtins.int
+    TIMESTEP_FOCUS_FIELD_NUMBER: _builtins.int
+    ANTITHETIC_FIELD_NUMBER: _builtins.int
+    INITIALIZER_CANDIDATES_FIELD_NUMBER: _builtins.int
+    REGULARIZATION_FIELD_NUMBER: _builtins.int
+    PROGRESSIVE_FIELD_NUMBER: _builtins.int
+    PER_IMAGE_TOKENS_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
-    """Steps, at least 1."""
+    """Steps at most, at least 1."""
     batch_size: _builtins.int
     """Samples in a step, at least 1."""
     learning_rate: _builtins.float
-    """Above 0 to 1."""
+    """Above 0 to 1; default: what the optimizer is usually given."""
     num_vectors: _builtins.int
     """Length of the new word in tokens, 1 to 75."""
     initializer_token: _builtins.str
-    """A word or phrase close to the images, at most 200 characters; default empty: the mean of the
-    vocabulary.
+    """A word or phrase close to the images, at most 200 characters; "auto" searches for one. Default
+    empty: the mean of the vocabulary.
     """
     learnable_property: Global___LearnableProperty.ValueType
     """What the images share."""
     seed: _builtins.int
     """Of all random draws, at most 2^63 - 1; the same seed learns the same vectors."""
+    optimizer: Global___Optimizer.ValueType
+    """How the vectors move."""
+    eval_every: _builtins.int
+    """Steps between two evaluations on the fixed samples, at least 1; each takes the time of some
+    steps.
+    """
+    stop: Global___StopRule.ValueType
+    """When learning ends."""
+    stop_window: _builtins.int
+    """Evaluations that must have settled for `STOP_RULE_DVAR`, 2 to 1000."""
+    stop_threshold: _builtins.float
+    """Of their variance, relative to that of all evaluations, above 0 and below 1."""
+    timestep_focus: _builtins.float
+    """Share of the timesteps that is biased to noise, 0 to 1."""
+    antithetic: _builtins.bool
+    """Whether samples come in pairs of opposite noise; `batch_size` must be at least 2 then."""
+    regularization: _builtins.float
+    """Weight of the squared distance to where the vectors started, added to the loss of learning;
+    at least 0, default 0.
+    """
+    progressive: _builtins.bool
+    """Whether the vectors join one after another, at equal parts of the steps; `num_vectors` must be
+    at least 2 then, and `stop` `STOP_RULE_STEPS`.
+    """
+    per_image_tokens: _builtins.bool
+    """Whether each image has a vector of its own beside the word's, dropped at the end; not with
+    `progressive`.
+    """
+    @_builtins.property
+    def initializer_candidates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What `initializer_token` "auto" chooses from, at most 512 words or phrases of 1 to 200
+        characters; default empty: words of the vocabulary.
+        """
+
     def __init__(
         self,
         *,
@@ -168,37 +265,80 @@ class LearnOptions(_message.Message):
         initializer_token: _builtins.str = ...,
         learnable_property: Global___LearnableProperty.ValueType = ...,
         seed: _builtins.int | None = ...,
+        optimizer: Global___Optimizer.ValueType = ...,
+        eval_every: _builtins.int | None = ...,
+        stop: Global___StopRule.ValueType = ...,
+        stop_window: _builtins.int | None = ...,
+        stop_threshold: _builtins.float | None = ...,
+        timestep_focus: _builtins.float | None = ...,
+        antithetic: _builtins.bool | None = ...,
+        initializer_candidates: _abc.Iterable[_builtins.str] | None = ...,
+        regularization: _builtins.float | None = ...,
+        progressive: _builtins.bool | None = ...,
+        per_image_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_seed", b"_seed", "_steps", b"_steps", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic", "_batch_size", b"_batch_size", "_eval_every", b"_eval_every", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_per_image_tokens", b"_per_image_tokens", "_progressive", b"_progressive", "_regularization", b"_regularization", "_seed", b"_seed", "_steps", b"_steps", "_stop_threshold", b"_stop_threshold", "_stop_window", b"_stop_window", "_timestep_focus", b"_timestep_focus", "antithetic", b"antithetic", "batch_size", b"batch_size", "eval_every", b"eval_every", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "per_image_tokens", b"per_image_tokens", "progressive", b"progressive", "regularization", b"regularization", "seed", b"seed", "steps", b"steps", "stop_threshold", b"stop_threshold", "stop_window", b"stop_window", "timestep_focus", b"timestep_focus"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_seed", b"_seed", "_steps", b"_steps", "batch_size", b"batch_size", "initializer_token", b"initializer_token", "learnable_property", b"learnable_property", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic", "_batch_size", b"_batch_size", "_eval_every", b"_eval_every", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_per_image_tokens", b"_per_image_tokens", "_progressive", b"_progressive", "_regularization", b"_regularization", "_seed", b"_seed", "_steps", b"_steps", "_stop_threshold", b"_stop_threshold", "_stop_window", b"_stop_window", "_timestep_focus", b"_timestep_focus", "antithetic", b"antithetic", "batch_size", b"batch_size", "eval_every", b"eval_every", "initializer_candidates", b"initializer_candidates", "initializer_token", b"initializer_token", "learnable_property", b"learnable_property", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "optimizer", b"optimizer", "per_image_tokens", b"per_image_tokens", "progressive", b"progressive", "regularization", b"regularization", "seed", b"seed", "steps", b"steps", "stop", b"stop", "stop_threshold", b"stop_threshold", "stop_window", b"stop_window", "timestep_focus", b"timestep_focus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__antithetic: _TypeAlias = _typing.Literal["antithetic"]  # noqa: Y015
+    _WhichOneofArgType__antithetic: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic"]  # noqa: Y015
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__eval_every: _TypeAlias = _typing.Literal["eval_every"]  # noqa: Y015
+    _WhichOneofArgType__eval_every: _TypeAlias = _typing.Literal["_eval_every", b"_eval_every"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__num_vectors: _TypeAlias = _typing.Literal["num_vectors"]  # noqa: Y015
     _WhichOneofArgType__num_vectors: _TypeAlias = _typing.Literal["_num_vectors", b"_num_vectors"]  # noqa: Y015
+    _WhichOneofReturnType__per_image_tokens: _TypeAlias = _typing.Literal["per_image_tokens"]  # noqa: Y015
+    _WhichOneofArgType__per_image_tokens: _TypeAlias = _typing.Literal["_per_image_tokens", b"_per_image_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__progressive: _TypeAlias = _typing.Literal["progressive"]  # noqa: Y015
+    _WhichOneofArgType__progressive: _TypeAlias = _typing.Literal["_progressive", b"_progressive"]  # noqa: Y015
+    _WhichOneofReturnType__regularization: _TypeAlias = _typing.Literal["regularization"]  # noqa: Y015
+    _WhichOneofArgType__regularization: _TypeAlias = _typing.Literal["_regularization", b"_regularization"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__stop_threshold: _TypeAlias = _typing.Literal["stop_threshold"]  # noqa: Y015
+    _WhichOneofArgType__stop_threshold: _TypeAlias = _typing.Literal["_stop_threshold", b"_stop_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__stop_window: _TypeAlias = _typing.Literal["stop_window"]  # noqa: Y015
+    _WhichOneofArgType__stop_window: _TypeAlias = _typing.Literal["_stop_window", b"_stop_window"]  # noqa: Y015
+    _WhichOneofReturnType__timestep_focus: _TypeAlias = _typing.Literal["timestep_focus"]  # noqa: Y015
+    _WhichOneofArgType__timestep_focus: _TypeAlias = _typing.Literal["_timestep_focus", b"_timestep_focus"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__antithetic) -> _WhichOneofReturnType__antithetic | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_every) -> _WhichOneofReturnType__eval_every | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_vectors) -> _WhichOneofReturnType__num_vectors | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__per_image_tokens) -> _WhichOneofReturnType__per_image_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__progressive) -> _WhichOneofReturnType__progressive | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__regularization) -> _WhichOneofReturnType__regularization | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_threshold) -> _WhichOneofReturnType__stop_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_window) -> _WhichOneofReturnType__stop_window | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timestep_focus) -> _WhichOneofReturnType__timestep_focus | None: ...
 
 Global___LearnOptions: _TypeAlias = LearnOptions  # noqa: Y015
 
 @_typing.final
 class ImageChunk(_message.Message):
-    """A part of an image file."""
+    """A part of an image file, or of its mask."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -206,8 +346,9 @@ class ImageChunk(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     file_name: _builtins.str
-    """What the caller calls the file, 1 to 255 characters; it names the image in messages and is
-    nothing else, in particular no path. All chunks of a file have it, no two files share it.
+    """What the caller calls the image, 1 to 255 characters; it names the image in messages and is
+    nothing else, in particular no path. All chunks of an image and of its mask have it, no two
+    images share it.
     """
     offset: _builtins.int
     """Bytes of this file in the chunks before; 0 begins a file."""
@@ -229,6 +370,34 @@ class ImageChunk(_message.Message):
 Global___ImageChunk: _TypeAlias = ImageChunk  # noqa: Y015
 
 @_typing.final
+class ImageCaptions(_message.Message):
+    """What an image shows, in the words of the caller."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_NAME_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    file_name: _builtins.str
+    """`ImageChunk.file_name` of the image, which has been sent."""
+    text: _builtins.str
+    """As a caption file has them (docs/learning.md): one sentence a line, each with `{}` or the
+    placeholder token once, 200 at most; empty lines and those that begin with `#` are left out.
+    """
+    def __init__(
+        self,
+        *,
+        file_name: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_name", b"file_name", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageCaptions: _TypeAlias = ImageCaptions  # noqa: Y015
+
+@_typing.final
 class UploadEnd(_message.Message):
     """The end of an upload, by which a whole one is told from one that broke off."""
 
@@ -236,7 +405,7 @@ class UploadEnd(_message.Message):
 
     NUM_IMAGES_FIELD_NUMBER: _builtins.int
     num_images: _builtins.int
-    """Images that were sent; required."""
+    """Images that were sent, masks not counted; required."""
     def __init__(
         self,
         *,
@@ -257,6 +426,8 @@ class CreateTrainingRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    CAPTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> Global___TrainingSpec:
         """What is to be learned; first and once."""
@@ -269,18 +440,30 @@ class CreateTrainingRequest(_message.Message):
     def end(self) -> Global___UploadEnd:
         """All images have been sent; last and once."""
 
+    @_builtins.property
+    def mask(self) -> Global___ImageChunk:
+        """A part of the mask of an image that has been sent: a PNG of the upright image's size, white
+        where the subject is. It counts as bytes of the upload, not as an image.
+        """
+
+    @_builtins.property
+    def captions(self) -> Global___ImageCaptions:
+        """Captions of an image that has been sent, once for each."""
+
     def __init__(
         self,
         *,
         spec: Global___TrainingSpec | None = ...,
         image: Global___ImageChunk | None = ...,
         end: Global___UploadEnd | None = ...,
+        mask: Global___ImageChunk | None = ...,
+        captions: Global___ImageCaptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "image", b"image", "part", b"part", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["captions", b"captions", "end", b"end", "image", b"image", "mask", b"mask", "part", b"part", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "image", b"image", "part", b"part", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["captions", b"captions", "end", b"end", "image", b"image", "mask", b"mask", "part", b"part", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["spec", "image", "end"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["spec", "image", "end", "mask", "captions"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -326,6 +509,8 @@ class Training(_message.Message):
     SKIPPED_IMAGES_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     CONCEPT_ID_FIELD_NUMBER: _builtins.int
+    NUM_MASKS_FIELD_NUMBER: _builtins.int
+    NUM_CAPTIONED_IMAGES_FIELD_NUMBER: _builtins.int
     training_id: _builtins.str
     """Its identity, 32 hex digits, chosen by the server."""
     state: Global___TrainingState.ValueType
@@ -338,6 +523,10 @@ class Training(_message.Message):
     """Why it failed; empty otherwise."""
     concept_id: _builtins.str
     """Identity of the learned vectors, as in `Concept.concept_id`; empty before it has succeeded."""
+    num_masks: _builtins.int
+    """Number of images that were sent with a mask."""
+    num_captioned_images: _builtins.int
+    """Number of images that were sent with captions."""
     @_builtins.property
     def spec(self) -> Global___TrainingSpec:
         """What it was asked for."""
@@ -377,10 +566,12 @@ class Training(_message.Message):
         skipped_images: _abc.Iterable[Global___SkippedImage] | None = ...,
         error: _builtins.str = ...,
         concept_id: _builtins.str = ...,
+        num_masks: _builtins.int = ...,
+        num_captioned_images: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "progress", b"progress", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["concept_id", b"concept_id", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "num_images", b"num_images", "progress", b"progress", "queue_position", b"queue_position", "skipped_images", b"skipped_images", "spec", b"spec", "start_time", b"start_time", "state", b"state", "training_id", b"training_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concept_id", b"concept_id", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "num_captioned_images", b"num_captioned_images", "num_images", b"num_images", "num_masks", b"num_masks", "progress", b"progress", "queue_position", b"queue_position", "skipped_images", b"skipped_images", "spec", b"spec", "start_time", b"start_time", "state", b"state", "training_id", b"training_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -530,8 +721,11 @@ class WatchTrainingResponse(_message.Message):
 
     TRAINING_FIELD_NUMBER: _builtins.int
     PREVIEW_FIELD_NUMBER: _builtins.int
+    PREVIEW_STEP_FIELD_NUMBER: _builtins.int
     preview: _builtins.bytes
     """What the word draws at this point, PNG; there only when it is newer than the last one sent."""
+    preview_step: _builtins.int
+    """The step of the preview that comes with this message; 0 without one."""
     @_builtins.property
     def training(self) -> Global___Training:
         """The training as it is now."""
@@ -541,10 +735,11 @@ class WatchTrainingResponse(_message.Message):
         *,
         training: Global___Training | None = ...,
         preview: _builtins.bytes | None = ...,
+        preview_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_preview", b"_preview", "preview", b"preview", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_preview", b"_preview", "preview", b"preview", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_preview", b"_preview", "preview", b"preview", "preview_step", b"preview_step", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__preview: _TypeAlias = _typing.Literal["preview"]  # noqa: Y015
     _WhichOneofArgType__preview: _TypeAlias = _typing.Literal["_preview", b"_preview"]  # noqa: Y015

@@ -73,7 +73,8 @@ class TrainingServiceServicer:
 
     def CreateTraining(self, request_iterator, context):
         """Queues the learning of a word from images: first the spec, then the images one after another,
-        each in chunks, then the end. A call that breaks off before it leaves nothing behind.
+        each in chunks, with its mask and captions behind it where it has them, then the end. A call
+        that breaks off before it leaves nothing behind.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,8 @@ class TrainingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TrainingServiceAsyncStub: ...
     CreateTraining: _grpc.StreamUnaryMultiCallable[_training_pb2.CreateTrainingRequest, _training_pb2.CreateTrainingResponse]
     """Queues the learning of a word from images: first the spec, then the images one after another,
-    each in chunks, then the end. A call that breaks off before it leaves nothing behind.
+    each in chunks, with its mask and captions behind it where it has them, then the end. A call
+    that breaks off before it leaves nothing behind.
     """
     GetTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetTrainingRequest, _training_pb2.GetTrainingResponse]
     """Describes one training."""
@@ -57,7 +58,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTraining: _aio.StreamUnaryMultiCallable[_training_pb2.CreateTrainingRequest, _training_pb2.CreateTrainingResponse]  # type: ignore[assignment]
     """Queues the learning of a word from images: first the spec, then the images one after another,
-    each in chunks, then the end. A call that breaks off before it leaves nothing behind.
+    each in chunks, with its mask and captions behind it where it has them, then the end. A call
+    that breaks off before it leaves nothing behind.
     """
     GetTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.GetTrainingRequest, _training_pb2.GetTrainingResponse]  # type: ignore[assignment]
     """Describes one training."""
@@ -82,7 +84,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.CreateTrainingResponse, _abc.Awaitable[_training_pb2.CreateTrainingResponse]]:
         """Queues the learning of a word from images: first the spec, then the images one after another,
-        each in chunks, then the end. A call that breaks off before it leaves nothing behind.
+        each in chunks, with its mask and captions behind it where it has them, then the end. A call
+        that breaks off before it leaves nothing behind.
         """
 
     @_abc_1.abstractmethod
