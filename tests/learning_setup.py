@@ -1,13 +1,21 @@
 """A tiny model and random images to learn from, and how to look at a run."""
 
+import argparse
 import dataclasses
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from engine.requests import RgbImage
 from tests.tiny_model import make_tiny_model
+from trainer import cli
 from trainer.checkpoints import RunIdentity
+from trainer.encoders import Embeds, EncoderDescription
 from trainer.images import TrainingImages
 from trainer.latents import LatentDistribution
 from trainer.learning import learn
@@ -91,3 +99,44 @@ def identity_of(
 ) -> RunIdentity:
     """Of a run that learns <cat>."""
     return RunIdentity.of(model, images, options, placeholder_token="<cat>")
+
+
+def image_folder(folder: Path, *, seed: int = 0) -> Path:
+    """A folder of two images of noise."""
+    folder.mkdir(parents=True)
+    for place in range(2):
+        generator = np.random.default_rng((seed, place))
+        values = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{place}.png")
+    return folder
+
+
+def learn_arguments(model: Path, output: Path, *more: str | Path) -> argparse.Namespace:
+    """Of `oneword learn`: six steps, evaluated after each second one."""
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    fixed = ["--model", model, "--output", output, "--steps", "6", "--batch-size", "2"]
+    fixed += ["--eval-every", "2", "--device", "cpu"]
+    return parser.parse_args([str(word) for word in (*fixed, *more)])
+
+
+class PatchEncoder:
+    """Pictures as 4 x 4 patches of colour; sentences as noise of their own."""
+
+    def __init__(self, *, reads_text: bool = True) -> None:
+        self.description = EncoderDescription(
+            name="patches",
+            kind="clip" if reads_text else "dino",
+            identity="none",
+            image_size=SIZE,
+            reads_text=reads_text,
+            judges="colours",
+        )
+
+    def image_embeds(self, images: Sequence[RgbImage]) -> Embeds:
+        patches = np.stack(images).reshape(-1, 4, SIZE // 4, 4, SIZE // 4, 3) / 255.0
+        return (patches.mean(axis=(2, 4)) - 0.5).reshape(-1, 48).astype(np.float32)
+
+    def text_embeds(self, sentences: Sequence[str]) -> Embeds:
+        seeds = [zlib.crc32(sentence.encode()) for sentence in sentences]
+        return np.array([np.random.default_rng(seed).normal(size=48) for seed in seeds], np.float32)

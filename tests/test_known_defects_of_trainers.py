@@ -26,10 +26,11 @@ from trainer.evaluation_prompts import Prompt, PromptSet
 from trainer.images import TrainingImages, read_images
 from trainer.latents import LatentDistribution
 from trainer.learning import learn
+from trainer.material import OwnImages
 from trainer.model import DiffusionModel, load_model
 from trainer.onnx_graphs import VaeDecoder, VaeEncoder
 from trainer.options import LearnOptions, Optimizer
-from trainer.run import LearnState, Run
+from trainer.run import LearnState
 from trainer.sampling import sample_images
 from trainer.splicing import as_concept
 
@@ -307,7 +308,7 @@ def test_d10_the_optimizer_has_the_true_gradient_whole(
 
     generator = torch.Generator()
     generator.set_state(first.rng_state)
-    objective = Run.prepare(model, images, options, label="").objective
+    objective = OwnImages.of(model, images, options).objectives[0]
     batch = objective.draw(options.batch_size, generator)
     step = 1e-3 * gradient / gradient.norm()
     with torch.no_grad():

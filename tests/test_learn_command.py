@@ -21,10 +21,10 @@ from engine.concepts import Concept, read_concept
 from engine.errors import ConceptUnreadable, OneWordError
 from engine.files import sha256_of_file
 from tests.tiny_model import make_tiny_model
-from trainer import cli
+from trainer import cli, learn_job, learn_word
 from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
 from trainer.learn_arguments import options_from
-from trainer.learning import learn
+from trainer.learning import learn_together
 from trainer.model import load_model
 from trainer.objective import Objective
 from trainer.options import LearnOptions
@@ -131,7 +131,7 @@ def test_resume_with_another_mask_or_caption_is_refused(
     model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "learn", _Interrupted(2, KeyboardInterrupt()))
+        patch.setattr(learn_job, "learn_together", _Interrupted(2, KeyboardInterrupt()))
         cli.run(_arguments(model_path, folder))
     if changed == "mask":
         Image.fromarray(np.full((40, 40), 200, np.uint8)).save(folder / "0.mask.png")
@@ -175,15 +175,15 @@ def test_run_that_was_rolled_back_says_so_and_goes_on(
 
 
 class _Interrupted:
-    """`learn` as it is, until Ctrl-C comes while a step is under way."""
+    """`learn_together` as it is, until Ctrl-C comes while a step is under way."""
 
     def __init__(self, after: int, error: BaseException) -> None:
         self.after, self.error = after, error
 
-    def __call__(self, *positional: Any, **named: Any) -> Iterator[LearnState]:
-        for state in learn(*positional, **named):
-            yield state
-            if state.step == self.after:
+    def __call__(self, *positional: Any, **named: Any) -> Iterator[tuple[LearnState, ...]]:
+        for states in learn_together(*positional, **named):
+            yield states
+            if states[0].step == self.after:
                 raise self.error
 
 
@@ -198,7 +198,7 @@ def test_interrupted_run_goes_on_to_the_same_result(
     expected = read_concept(arguments.output)
     arguments.output.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "learn", _Interrupted(4, KeyboardInterrupt()))
+        patch.setattr(learn_job, "learn_together", _Interrupted(4, KeyboardInterrupt()))
         assert cli.run(arguments) == 130
     assert "after step 4" in capsys.readouterr().err
     assert not arguments.output.exists()
@@ -214,7 +214,7 @@ def test_run_that_cannot_go_on_says_so_and_keeps_its_last_good_vectors(
     model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LearningError]
 ) -> None:
     arguments = _arguments(model_path, folder)
-    monkeypatch.setattr(cli, "learn", _Interrupted(3, kind("step 4: stuck")))
+    monkeypatch.setattr(learn_job, "learn_together", _Interrupted(3, kind("step 4: stuck")))
     with pytest.raises(kind, match="step 4: stuck; stopped after step 3; ") as caught:
         cli.run(arguments)
     checkpoint = arguments.output.with_name("cat.safetensors.checkpoint")
@@ -237,16 +237,16 @@ def test_sigterm_is_like_ctrl_c_with_its_own_exit_code(
     def unhandled(*_: object) -> None:
         raise AssertionError("the command does not handle SIGTERM")
 
-    def learn_until_terminated(*positional: Any, **named: Any) -> Iterator[LearnState]:
-        for state in learn(*positional, **named):
-            yield state
-            if state.step == 4:
+    def learn_until_terminated(*positional: Any, **named: Any) -> Iterator[tuple[LearnState, ...]]:
+        for states in learn_together(*positional, **named):
+            yield states
+            if states[0].step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, unhandled)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "learn", learn_until_terminated)
+            patch.setattr(learn_job, "learn_together", learn_until_terminated)
             assert cli.run(_arguments(model_path, folder)) == 143
         assert signal.getsignal(signal.SIGTERM) is unhandled
     finally:
@@ -321,7 +321,7 @@ def test_resume_with_other_options_is_refused(
     model_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "learn", _Interrupted(2, KeyboardInterrupt()))
+        patch.setattr(learn_job, "learn_together", _Interrupted(2, KeyboardInterrupt()))
         cli.run(_arguments(model_path, folder))
     with pytest.raises(CheckpointError, match="seed is 9, it was 0"):
         cli.run(_arguments(model_path, folder, "--resume", "--seed", "9"))
@@ -334,7 +334,7 @@ def test_checkpoints_and_previews_come_when_due(
     arguments = _arguments(model_path, folder, *more)
     written: list[int] = []
     monkeypatch.setattr(
-        cli, "write_checkpoint", lambda path, state, identity: written.append(state.step)
+        learn_word, "write_checkpoint", lambda path, state, identity: written.append(state.step)
     )
     assert cli.run(arguments) == 0
     assert written == [4]

@@ -15,6 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from engine.files import write_atomically
+from trainer.course import course_from_tensors, course_steps, course_tensors
 from trainer.errors import CheckpointError
 from trainer.fingerprint import model_fingerprint
 from trainer.images import TrainingImages
@@ -36,7 +37,9 @@ _TENSORS = (
     "rng_state",
 )
 _SCALARS = tuple(
-    field.name for field in dataclasses.fields(LearnState) if field.name not in _TENSORS
+    field.name
+    for field in dataclasses.fields(LearnState)
+    if field.name not in (*_TENSORS, "course")
 )
 
 
@@ -59,14 +62,16 @@ class RunIdentity:
         options: LearnOptions,
         *,
         placeholder_token: str,
+        fingerprint: str | None = None,
     ) -> Self:
+        """`fingerprint` is that of the model, where it has been computed already."""
         return cls(
             options=json.loads(json.dumps(dataclasses.asdict(options))),  # as it will be read
             placeholder_token=placeholder_token,
             images=images.sha256,
             masks="" if images.masks is None else _digest(images.masks.numpy().tobytes()),
             captions=_digest(json.dumps(images.captions).encode()) if images.captions else "",
-            model=model_fingerprint(model),
+            model=fingerprint or model_fingerprint(model),
         )
 
     def differences(self, other: "RunIdentity") -> list[str]:
@@ -96,10 +101,12 @@ def _digest(content: bytes) -> str:
 def write_checkpoint(path: Path, state: LearnState, identity: RunIdentity) -> None:
     """Write a checkpoint, whole or not at all: a kill leaves the one before."""
     tensors = {name: getattr(state, name).clone() for name in _TENSORS}
+    tensors |= course_tensors(state.course)
     metadata = {
         "format": FORMAT,
         # Python writes floats so that reading them gives the same bits.
         "state": json.dumps({name: getattr(state, name) for name in _SCALARS}),
+        "course": json.dumps(course_steps(state.course)),
         "identity": json.dumps(dataclasses.asdict(identity)),
     }
     write_atomically(path, save_safetensors(tensors, metadata=metadata))
@@ -136,7 +143,8 @@ def _parse(content: bytes, path: Path) -> tuple[LearnState, RunIdentity]:
                 "and start anew without --resume"
             )
         identity = json.loads(metadata["identity"])
-        state = LearnState(**_checked(tensors), **_scalars(metadata["state"]))
+        course = course_from_tensors(tensors, json.loads(metadata["course"]))
+        state = LearnState(**_checked(tensors), **_scalars(metadata["state"]), course=course)
         return state, RunIdentity(
             options=identity["options"],
             placeholder_token=identity["placeholder_token"],

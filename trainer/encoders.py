@@ -18,6 +18,8 @@ from engine.requests import RgbImage
 from trainer.evaluation_errors import EncoderError
 from trainer.evaluator import IMAGE_FILE, SPEC_FILE, Evaluator, EvaluatorError, EvaluatorSpec
 
+DEFAULT_ENCODER = "models/evaluator"
+
 Embeds = Float32[np.ndarray, "count dim"]
 EncoderKind = Literal["evaluator", "clip", "dino"]
 
@@ -106,3 +108,14 @@ def open_encoder(name: str, *, device: str = "cpu") -> Encoder:
     from trainer.hub_encoders import open_hub_encoder  # PyTorch, which the evaluator does without
 
     return open_hub_encoder(name, device=device)
+
+
+def default_encoder() -> str:
+    """The offline evaluator's folder; raises `EncoderError` where the command runs elsewhere."""
+    # Its name could be a hub id, and must not be looked for there.
+    if not Path(DEFAULT_ENCODER).is_dir():
+        raise EncoderError(
+            f"the offline evaluator is not here: no folder {DEFAULT_ENCODER}; run in the project's "
+            "folder, or give --encoder a folder or hub id of the evaluator or a CLIP"
+        )
+    return DEFAULT_ENCODER

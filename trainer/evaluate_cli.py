@@ -13,7 +13,7 @@ from engine.pipeline import Pipeline
 from engine.printing import printable
 from engine.requests import Limits
 from trainer.benchmark_modes import MODES, BenchmarkMode, prompts_of_mode
-from trainer.encoders import Encoder, open_encoder
+from trainer.encoders import DEFAULT_ENCODER, Encoder, default_encoder, open_encoder
 from trainer.evaluation import DrawingOptions, Evaluation
 from trainer.evaluation_drawing import MAX_SAMPLES
 from trainer.evaluation_errors import EvaluationError
@@ -23,7 +23,6 @@ from trainer.evaluation_subjects import Subject, read_subjects
 from trainer.provenance import now, software_version
 from trainer.tradeoff_figure import draw_figure, figure_png
 
-DEFAULT_ENCODER = "models/evaluator"
 REPORT_FILE, TABLE_FILE, FIGURE_FILE = "report.json", "table.txt", "figure.png"
 
 
@@ -92,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = _drawing_options(arguments, mode)
     prompts = prompts_of_mode(mode, arguments.prompts)
     _check_output(arguments.output)
-    encoders = _open_encoders(arguments.encoder or [_default_encoder()], arguments.device)
+    encoders = _open_encoders(arguments.encoder or [default_encoder()], arguments.device)
     pipeline = Pipeline.open(arguments.bundle, limits=Limits(max_images_per_request=MAX_SAMPLES))
     subjects = read_subjects(
         arguments.concepts,
@@ -132,16 +131,6 @@ def _check_output(output: Path) -> None:
         raise EvaluationError(f"cannot write to --output {output}: {error.strerror}") from error
     if (output / REPORT_FILE).exists():
         print(f"{printable(output / REPORT_FILE)} will be overwritten", file=sys.stderr)
-
-
-def _default_encoder() -> str:
-    # Its name could be a hub id, and must not be looked for there.
-    if not Path(DEFAULT_ENCODER).is_dir():
-        raise EvaluationError(
-            f"the offline evaluator is not here: no folder {DEFAULT_ENCODER}; run in the project's "
-            "folder, or give --encoder a folder or hub id of the evaluator or a CLIP"
-        )
-    return DEFAULT_ENCODER
 
 
 def _open_encoders(names: Sequence[str], device: str) -> list[Encoder]:

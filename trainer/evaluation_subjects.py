@@ -102,7 +102,7 @@ def read_training_pictures(folder: Path, *, size: int) -> TrainingPictures:
     Captions are left unread: whatever word they hold, the pictures are judged.
     """
     images = read_images(folder, size=size, placeholder_token=None)
-    levels = list(((images.pixels + 1) * 127.5).permute(0, 2, 3, 1).round().byte().numpy())
+    levels = as_pictures(images)
     return TrainingPictures(
         folder=str(folder),
         names=images.names,
@@ -110,6 +110,11 @@ def read_training_pictures(folder: Path, *, size: int) -> TrainingPictures:
         without_background=tuple(_without_backgrounds(images, levels)),
         skipped=tuple(f"{file.name}: {file.reason}" for file in images.skipped),
     )
+
+
+def as_pictures(images: TrainingImages) -> list[RgbImage]:
+    """Training images as levels of RGB."""
+    return list(((images.pixels + 1) * 127.5).permute(0, 2, 3, 1).round().byte().numpy())
 
 
 def _without_backgrounds(images: TrainingImages, levels: Sequence[RgbImage]) -> list[RgbImage]:

@@ -9,6 +9,7 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from trainer.cohorts import moved, num_joined
+from trainer.course import Course, CoursePoint, extended
 from trainer.errors import Diverged, NoGradient
 from trainer.images import TrainingImages
 from trainer.initializer import word_norm
@@ -44,6 +45,7 @@ class LearnState:
     grad_norm: float
     evaluation_loss: float | None  # on the fixed batch; None when not due at this step
     evaluation_losses: tuple[float, ...]  # all so far, from before the first step on
+    course: Course  # the word's vectors at those evaluations
     initial_vectors: Float32[Tensor, "all_vectors dim"]  # of those too that have yet to join
     initializers: tuple[RankedWord, ...]  # what a search found best, best first; empty without one
     best_step: int
@@ -137,6 +139,8 @@ class Run:
                 "use another one"
             )
         still = torch.zeros_like(vectors)
+        word = vectors[: self.num_word_vectors]
+        first = CoursePoint(step=0, evaluation_loss=evaluation_loss, vectors=word)
         return LearnState(
             step=0,
             vectors=vectors,
@@ -148,10 +152,11 @@ class Run:
             grad_norm=0.0,
             evaluation_loss=evaluation_loss,
             evaluation_losses=(evaluation_loss,),
+            course=(first,),
             initial_vectors=initial,
             initializers=ranking,
             best_step=0,
-            best_vectors=vectors[: self.num_word_vectors],
+            best_vectors=word,
             best_evaluation_loss=evaluation_loss,
             good_step=0,
             good_vectors=vectors,
@@ -269,10 +274,12 @@ class Run:
             return self._rolled_back(before, f"evaluation loss {loss}")
         word = state.vectors[: self.num_word_vectors]
         improved = loss < state.best_evaluation_loss or len(word) > len(state.best_vectors)
+        point = CoursePoint(step=state.step, evaluation_loss=loss, vectors=word)
         return replace(
             state,
             evaluation_loss=loss,
             evaluation_losses=(*state.evaluation_losses, loss),
+            course=extended(state.course, point),
             best_step=state.step if improved else state.best_step,
             best_vectors=word if improved else state.best_vectors,
             best_evaluation_loss=loss if improved else state.best_evaluation_loss,
