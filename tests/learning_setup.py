@@ -27,7 +27,7 @@ from trainer.splicing import TemplatePrompts
 
 SIZE = 16  # pixels; the latents are 8 x 8
 TEMPLATES = ("a photo of {}", "a photo of a {}", "a {}")
-OPTIONS = LearnOptions(steps=6, batch_size=2, eval_every=3)
+OPTIONS = LearnOptions(steps=6, batch_size=2, eval_every=3, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")

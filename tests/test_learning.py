@@ -20,7 +20,7 @@ from trainer.learning import learn
 from trainer.model import DiffusionModel
 from trainer.objective import Objective
 from trainer.options import LearnOptions, Optimizer
-from trainer.run import MAX_ROLLBACKS, LearnState
+from trainer.run import MAX_ROLLBACKS, LearnState, Run
 from trainer.splicing import TemplatePrompts
 from trainer.templates import OBJECT_TEMPLATES
 
@@ -116,17 +116,45 @@ def test_learning_lowers_the_evaluation_loss(model: DiffusionModel, images: Trai
     assert state.best_step > 0
 
 
-def test_best_vectors_are_those_of_the_lowest_evaluation(
-    model: DiffusionModel, images: TrainingImages
+def test_usual_rate_is_in_units_of_a_word(model: DiffusionModel, images: TrainingImages) -> None:
+    """As large as the numbers in a word's vector are, whatever model that is of."""
+    usual = LearnOptions(steps=3, batch_size=2)
+    typical = word_norm(model) / math.sqrt(model.dims[0])
+    told = dataclasses.replace(usual, learning_rate=usual.rate * typical)
+    assert usual.rate_is_relative and not told.rate_is_relative
+    # The same numbers, multiplied in another order.
+    torch.testing.assert_close(
+        last_state(model, images, usual).vectors, last_state(model, images, told).vectors,
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("losses", "taken"),
+    [
+        ((1.0, 0.6, 0.5), 2),  # it goes down
+        ((1.0, 0.5, 0.6, 0.55), 3),  # up and down: the batch cannot tell
+        ((1.0, 0.5, 0.8), 1),  # gone astray: it has lost more than half of what was gained
+        ((1.0, 0.5, 0.8, 0.7), 3),  # and back
+        ((1.0, 0.5, 1.5), 1),
+        ((1.0, 1.1, 1.0), 0),  # nothing was learned
+    ],
+)
+def test_the_latest_vectors_are_taken_unless_they_have_gone_astray(
+    model: DiffusionModel,
+    images: TrainingImages,
+    monkeypatch: pytest.MonkeyPatch,
+    losses: tuple[float, ...],
+    taken: int,
 ) -> None:
-    options = dataclasses.replace(OPTIONS, steps=12, eval_every=2, learning_rate=0.3)
+    told = iter(losses)
+    monkeypatch.setattr(Run, "_evaluate", lambda *_: next(told))
+    options = dataclasses.replace(OPTIONS, steps=len(losses) - 1, eval_every=1)
     states = list(learn(model, images, options))
-    evaluated = {s.step: s.evaluation_loss for s in states if s.evaluation_loss is not None}
-    assert list(evaluated) == [0, 2, 4, 6, 8, 10, 12]
-    best_step = min(evaluated, key=lambda step: evaluated[step])
-    assert states[-1].best_step == best_step
-    assert states[-1].best_evaluation_loss == evaluated[best_step]
-    assert torch.equal(states[-1].best_vectors, states[best_step].vectors)
+    assert states[-1].evaluation_losses == losses
+    assert states[-1].best_step == taken
+    assert states[-1].best_evaluation_loss == losses[taken]
+    assert torch.equal(states[-1].best_vectors, states[taken].vectors)
 
 
 def _break(model: DiffusionModel) -> None:

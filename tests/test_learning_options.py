@@ -277,7 +277,9 @@ def _training_batches(
 def test_adamw_is_that_of_torch_with_the_papers_settings(
     model: DiffusionModel, images: TrainingImages
 ) -> None:
-    options, states = _states(model, images, optimizer="adamw", initializer_token="cat")
+    options, states = _states(
+        model, images, optimizer="adamw", initializer_token="cat", learning_rate=None
+    )
     assert options.rate == 5e-3 * options.batch_size
     assert [options.rate_at(step) for step in (0, 5)] == [options.rate] * 2
     parameter = phrase_vectors(model, "cat", 1).requires_grad_(True)
@@ -295,7 +297,7 @@ def test_adamw_is_that_of_torch_with_the_papers_settings(
 def test_dti_turns_vectors_of_one_length_by_its_rate(
     model: DiffusionModel, images: TrainingImages
 ) -> None:
-    _, states = _states(model, images, optimizer="dti", initializer_token="cat")
+    _, states = _states(model, images, optimizer="dti", initializer_token="cat", learning_rate=None)
     assert torch.cosine_similarity(
         states[0].vectors, phrase_vectors(model, "cat", 1)
     ).item() == pytest.approx(1.0, abs=1e-6)

@@ -34,7 +34,7 @@ def moved(
     for since, group in groupby(range(len(vectors)), key=options.joined_at):
         members = list(group)
         rows = slice(members[0], members[-1] + 1)
-        rule = update_rule(options.optimizer, initial[rows], dims=dims, norms=norms)
+        rule = update_rule(options, initial[rows], dims=dims, norms=norms)
         before = Moments(first=moments.first[rows], second=moments.second[rows])
         parts.append(rule(vectors[rows], gradient[rows], before, step=step - since, rate=rate))
     return torch.cat([after for after, _ in parts]), Moments(

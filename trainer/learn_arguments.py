@@ -39,7 +39,10 @@ def add_learn_options(parser: argparse.ArgumentParser) -> None:
         default = getattr(_DEFAULTS, name.replace("-", "_"))
         options.add_argument(f"--{name}", choices=choices, help=f"{what} ({default})")
     options.add_argument(
-        "--learning-rate", type=float, metavar="X", help="(depends on --optimizer)"
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="absolute (by --optimizer and a word's length)",
     )
     for name, type_, what in (
         ("num-vectors", int, "length of the new word in tokens"),

@@ -12,8 +12,8 @@ def add_course_options(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     parser.add_argument(
         "--prefer", choices=PREFERENCES,
-        help="draw the vectors of each evaluation, and take those that suit this instead of those "
-        "with the lowest evaluation loss",
+        help="draw the vectors of each evaluation, and take those that suit this instead "
+        "of the last",
     )  # fmt: skip
     parser.add_argument(
         "--encoder", metavar="FOLDER_OR_ID",

@@ -32,7 +32,7 @@ _CHOICES = {
 class LearnOptions:
     """Everything that decides what is learned; docs/learning.md gives reasons for the defaults."""
 
-    steps: int = 400  # at most
+    steps: int = 150  # at most
     batch_size: int = 8
     optimizer: Optimizer = "adam"
     learning_rate: float | None = None  # None: what the optimizer is usually given
@@ -42,7 +42,7 @@ class LearnOptions:
     initializer_candidates: tuple[str, ...] = ()  # for the search; none: words of the vocabulary
     learnable_property: LearnableProperty = "object"
     seed: int = 0
-    eval_every: int = 50  # steps between two evaluations on the fixed batch
+    eval_every: int = 25  # steps between two evaluations on the fixed batch
     stop: StopRule = "steps"  # dvar: as soon as the evaluation loss has settled
     stop_window: int = 6  # evaluations that must have settled
     stop_threshold: float = 0.15  # of their variance, relative to that of all evaluations
@@ -119,14 +119,23 @@ class LearnOptions:
     def rate(self) -> float:
         """The learning rate that is meant: the given one, or the optimizer's usual.
 
-        AdamW's is the paper's 5e-3 for each sample of a step (its code scales by batch size and
-        number of GPUs, together 8), `dti` has 0.04 radians (0.01 for each of 4 samples in the code
-        of arXiv 2512.13672).
+        Adam's is in units of a word (`rate_is_relative`). AdamW's is the paper's 5e-3 for each
+        sample of a step (its code scales by batch size and number of GPUs, together 8), `dti` has
+        0.04 radians (0.01 for each of 4 samples in the code of arXiv 2512.13672).
         """
         if self.learning_rate is not None:
             return self.learning_rate
-        usual = {"adam": 3e-3, "adamw": min(5e-3 * self.batch_size, 1.0), "dti": 0.04}
+        usual = {"adam": 0.2, "adamw": min(5e-3 * self.batch_size, 1.0), "dti": 0.04}
         return usual[self.optimizer]
+
+    @property
+    def rate_is_relative(self) -> bool:
+        """Whether the rate is a share of the typical (root mean square) number in a word's vector.
+
+        Those numbers are four times as large in the embedded model as in Stable Diffusion 1.x, and
+        Adam's step in each of them is about the rate: one rate cannot suit both.
+        """
+        return self.optimizer == "adam" and self.learning_rate is None
 
     def rate_at(self, step: int) -> float:
         """The learning rate after `step` steps: along half a cosine for `adam`, else constant.

@@ -24,7 +24,7 @@ def concept_metadata(
         given["initializer_candidates"] = json.dumps(options.initializer_candidates)
     return {
         **given,
-        "learning_rate": str(options.rate),
+        "learning_rate": f"{options.rate}{' of a word' if options.rate_is_relative else ''}",
         **_searched(state),
         "best_step": str(state.best_step),  # whose vectors these are: the best evaluated
         "initial_evaluation_loss": f"{state.initial_evaluation_loss:.6f}",

@@ -25,6 +25,7 @@ from trainer.updates import Moments, PerEncoder, update_rule
 
 MAX_ROLLBACKS = 3
 _MAX_ZERO_GRADIENTS = 5
+_KEPT_GAIN = 0.5  # of the best gain in evaluation loss: what later vectors must have to be taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ class LearnState:
     initial_vectors: Float32[Tensor, "all_vectors dim"]  # of those too that have yet to join
     initializers: tuple[RankedWord, ...]  # what a search found best, best first; empty without one
     best_step: int
-    # The word's vectors with the lowest evaluation loss among those with as many vectors as now.
+    # The word's vectors at the last evaluation, unless the run has gone astray since.
     best_vectors: Float32[Tensor, "word_vectors dim"]
     best_evaluation_loss: float
     # At the last evaluation: what a run that has become NaN returns to.
@@ -189,7 +190,7 @@ class Run:
         )
 
     def _rule(self, initial: Vectors) -> PerEncoder:
-        return update_rule(self.options.optimizer, initial, dims=self.dims, norms=self.norms)
+        return update_rule(self.options, initial, dims=self.dims, norms=self.norms)
 
     def ends_at(self, state: LearnState) -> bool:
         """Whether a state is the run's last."""
@@ -273,16 +274,18 @@ class Run:
         if not math.isfinite(loss):
             return self._rolled_back(before, f"evaluation loss {loss}")
         word = state.vectors[: self.num_word_vectors]
-        improved = loss < state.best_evaluation_loss or len(word) > len(state.best_vectors)
+        losses = (*state.evaluation_losses, loss)
+        alike = [p.evaluation_loss for p in state.course if len(p.vectors) == len(word)]
+        taken = not alike or _keeps_gain(losses[0], min(alike), loss)
         point = CoursePoint(step=state.step, evaluation_loss=loss, vectors=word)
         return replace(
             state,
             evaluation_loss=loss,
-            evaluation_losses=(*state.evaluation_losses, loss),
+            evaluation_losses=losses,
             course=extended(state.course, point),
-            best_step=state.step if improved else state.best_step,
-            best_vectors=word if improved else state.best_vectors,
-            best_evaluation_loss=loss if improved else state.best_evaluation_loss,
+            best_step=state.step if taken else state.best_step,
+            best_vectors=word if taken else state.best_vectors,
+            best_evaluation_loss=loss if taken else state.best_evaluation_loss,
             good_step=state.step,
             good_vectors=state.vectors,
             good_first_moment=state.first_moment,
@@ -328,3 +331,13 @@ class Run:
                 f"{state.zero_gradients} times in a row, so nothing is learned; the attention "
                 "backend or the model cuts it off: try the default attention, in float32"
             )
+
+
+def _keeps_gain(initial: float, best: float, last: float) -> bool:
+    """Whether the last evaluated vectors are taken, and not those that were taken before.
+
+    Late ones are better, as the rate falls to zero. The evaluation batch is too small to tell good
+    vectors from better ones: to take those with its lowest loss was worse than not to choose
+    (docs/learning.md). It tells that a run has gone astray.
+    """
+    return initial - last > 0 and initial - last >= _KEPT_GAIN * (initial - best)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from trainer.options import Optimizer
+from trainer.options import LearnOptions
 
 Vectors = Float32[Tensor, "num_vectors dim"]
 
@@ -64,6 +64,7 @@ class AdamW:
 
     weight_decay: float = 0.0
     max_norm: float = math.inf
+    unit: float = 1.0  # of the rate
 
     def start(self, vectors: Vectors) -> Vectors:
         return shortened(vectors, self.max_norm)
@@ -71,7 +72,7 @@ class AdamW:
     def __call__(
         self, vectors: Vectors, gradient: Vectors, moments: Moments, *, step: int, rate: float
     ) -> tuple[Vectors, Moments]:
-        moments = moments.after(gradient)
+        moments, rate = moments.after(gradient), rate * self.unit
         decayed = vectors * (1 - rate * self.weight_decay)
         return shortened(decayed - moments.step(step, rate=rate), self.max_norm), moments
 
@@ -130,25 +131,27 @@ class PerEncoder:
 
 
 def update_rule(
-    optimizer: Optimizer, initial: Vectors, *, dims: Sequence[int], norms: Sequence[float]
+    options: LearnOptions, initial: Vectors, *, dims: Sequence[int], norms: Sequence[float]
 ) -> PerEncoder:
-    """The rule of an optimizer for vectors that start at `initial`.
+    """The rule of a run for vectors that start at `initial`.
 
     `dims` and `norms` are the width of the vectors for each text encoder, and the length that a
-    word has there.
+    word has there; infinite where none is to be held.
     """
     parts = zip(initial.split(list(dims), dim=1), norms, strict=True)
     return PerEncoder(
-        dims=tuple(dims), rules=tuple(_rule(optimizer, part, norm) for part, norm in parts)
+        dims=tuple(dims), rules=tuple(_rule(options, part, norm) for part, norm in parts)
     )
 
 
-def _rule(optimizer: Optimizer, initial: Vectors, norm: float) -> Update:
-    if optimizer == "dti":
+def _rule(options: LearnOptions, initial: Vectors, norm: float) -> Update:
+    if options.optimizer == "dti":
         return SphericalDescent(prior=_unit(initial), norm=norm)
-    if optimizer == "adamw":
+    if options.optimizer == "adamw":
         return AdamW(weight_decay=_PAPER_WEIGHT_DECAY)
-    return AdamW(max_norm=norm)
+    length = initial.norm(dim=1).mean().item() if math.isinf(norm) else norm
+    typical = length / math.sqrt(initial.shape[1])
+    return AdamW(max_norm=norm, unit=typical if options.rate_is_relative else 1.0)
 
 
 def shortened(vectors: Vectors, max_norm: float) -> Vectors:

@@ -598,9 +598,9 @@ class TrainingProgress(_message.Message):
     initial_evaluation_loss: _builtins.float
     """On the fixed samples of the evaluation, before the first step."""
     best_evaluation_loss: _builtins.float
-    """The lowest one so far on the same samples: whose vectors are kept."""
+    """The one on the same samples whose vectors are kept: the latest, unless the run has gone astray."""
     best_step: _builtins.int
-    """The step of the lowest one."""
+    """The step of that one."""
     def __init__(
         self,
         *,
