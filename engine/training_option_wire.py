@@ -21,6 +21,7 @@ _OPTIONAL_FIELDS = (
     "regularization",
     "progressive",
     "per_image_tokens",
+    "cross_initialization",
 )
 # The words of the trainer, in the order of the enum's numbers from 1 on.
 _CHOICES: Mapping[str, tuple[str, ...]] = {

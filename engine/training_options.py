@@ -52,6 +52,12 @@ def check_options(options: Mapping[str, Any], *, max_steps: int, max_batch_size:
             "antithetic needs pairs: batch_size must be at least 2, got 1",
             field="options.antithetic",
         )
+    if options.get("cross_initialization") and options.get("optimizer") == "dti":
+        raise InvalidRequest(
+            "cross_initialization starts longer than any word, and optimizer dti holds a word's "
+            "length; use adam or adamw, or leave cross_initialization out",
+            field="options.cross_initialization",
+        )
     _check_progressive(options)
     initializer = options.get("initializer_token", "")
     _check_phrase("initializer_token", initializer)

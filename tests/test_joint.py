@@ -225,6 +225,7 @@ def test_a_sentence_that_cannot_be_read_is_refused(
         ({"initializer_token": "cat"}, "initializer_token='cat' belongs to a word"),
         ({"learnable_property": "style"}, "learnable_property='style' belongs to a word"),
         ({"per_image_tokens": True}, "per_image_tokens is for one word alone"),
+        ({"warm_start": 5}, "warm_start is for one word alone"),
     ],
 )
 def test_options_that_are_a_words_own_are_refused(

@@ -100,6 +100,10 @@ def test_a_checkpoint_is_of_its_variant(
             {"progressive": True, "num_vectors": 2, "per_image_tokens": True},
             "cannot be combined",
         ),
+        (
+            {"progressive": True, "num_vectors": 2, "warm_start": 5},
+            r"warm_start \(5\) leads all vectors at once",
+        ),
         ({"regularization": -0.1}, "finite and at least 0, got -0.1"),
         ({"regularization": math.nan}, "got nan"),
         ({"regularization": math.inf}, "got inf"),

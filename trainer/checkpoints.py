@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,13 +18,15 @@ from engine.files import write_atomically
 from trainer.course import course_from_tensors, course_steps, course_tensors
 from trainer.errors import CheckpointError
 from trainer.fingerprint import model_fingerprint
+from trainer.image_tower import ImageTower
 from trainer.images import TrainingImages
 from trainer.initializer_search import RankedWord
 from trainer.model import DiffusionModel
 from trainer.options import LearnOptions
 from trainer.run import LearnState
+from trainer.warm_start import Warmth
 
-FORMAT = "oneword-checkpoint/4"
+FORMAT = "oneword-checkpoint/5"
 _TENSORS = (
     "vectors",
     "first_moment",
@@ -53,6 +55,7 @@ class RunIdentity:
     masks: str  # SHA-256 of the masks as they are used; "" without any
     captions: str  # SHA-256 of the captions; "" without any
     model: str  # `model_fingerprint`
+    towers: tuple[str, ...]  # identities of the image towers, in order
 
     @classmethod
     def of(
@@ -62,6 +65,7 @@ class RunIdentity:
         options: LearnOptions,
         *,
         placeholder_token: str,
+        towers: Sequence[ImageTower] = (),
         fingerprint: str | None = None,
     ) -> Self:
         """`fingerprint` is that of the model, where it has been computed already."""
@@ -72,6 +76,7 @@ class RunIdentity:
             masks="" if images.masks is None else _digest(images.masks.numpy().tobytes()),
             captions=_digest(json.dumps(images.captions).encode()) if images.captions else "",
             model=fingerprint or model_fingerprint(model),
+            towers=tuple(tower.identity for tower in towers),
         )
 
     def differences(self, other: "RunIdentity") -> list[str]:
@@ -91,6 +96,8 @@ class RunIdentity:
             found.append("the captions differ")
         if self.model != other.model:
             found.append("the model is another one")
+        if self.towers != other.towers:
+            found.append("the image towers differ")
         return found
 
 
@@ -152,6 +159,7 @@ def _parse(content: bytes, path: Path) -> tuple[LearnState, RunIdentity]:
             masks=identity["masks"],
             captions=identity["captions"],
             model=identity["model"],
+            towers=tuple(identity["towers"]),
         )
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -167,6 +175,7 @@ def _scalars(text: str) -> dict[str, Any]:
         **scalars,
         "evaluation_losses": tuple(scalars["evaluation_losses"]),
         "initializers": tuple(RankedWord(*ranked) for ranked in scalars["initializers"]),
+        "warmth": scalars["warmth"] and Warmth(*scalars["warmth"]),
     }
 
 

@@ -11,6 +11,7 @@ from trainer.learn_arguments import add_learn_options, options_from
 from trainer.learn_course import add_course_options, encoder_of
 from trainer.learn_job import LearnJob
 from trainer.learn_tasks import tasks_of
+from trainer.learn_towers import add_tower_option, guided
 from trainer.learning import MAX_ROWS
 from trainer.model import DiffusionModel, load_model
 from trainer.placement import place
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="concept file to write; with --concept a folder"
     )
+    add_tower_option(parser)
     add_learn_options(parser)
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT.checkpoint")
     parser.add_argument(
@@ -83,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     started = time.monotonic()
     quiet_libraries()
-    options = options_from(arguments)
+    options = guided(options_from(arguments), arguments.image_tower)
     tasks = tasks_of(arguments)
     for task in tasks:
         task.check_files(resume=arguments.resume)

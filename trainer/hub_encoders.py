@@ -4,6 +4,7 @@ Pictures go through the encoder's own preprocessing (its preprocessor_config.jso
 resampling, which is what the papers used.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ class ClipEncoder:
 
     def __init__(self, name: str, config: Any, device: torch.device) -> None:
         load: Any = CLIPModel.from_pretrained
-        self._model: Any = _prepared(load(name, use_safetensors=True), device)
+        # The `CLIPModel`, frozen, in float32.
+        self.model: Any = _prepared(load(name, use_safetensors=True), device)
         self._tokenizer: Any = CLIPTokenizer.from_pretrained(name)
         self._preprocess = _preprocessor(name)
         self._device = device
@@ -56,13 +58,18 @@ class ClipEncoder:
             judges=_CLIP_JUDGES,
         )
 
+    def to(self, device: torch.device) -> None:
+        """Move both towers."""
+        self.model.to(device)
+        self._device = device
+
     @torch.no_grad()
     def image_embeds(self, images: Sequence[RgbImage]) -> Embeds:
         def embed(batch: Sequence[RgbImage]) -> Tensor:
             pixels = self._preprocess(batch).to(self._device)
-            return self._model.visual_projection(self._model.vision_model(pixels).pooler_output)
+            return self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
 
-        return _in_batches(embed, images, int(self._model.projection_dim))
+        return _in_batches(embed, images, int(self.model.projection_dim))
 
     @torch.no_grad()
     def text_embeds(self, sentences: Sequence[str]) -> Embeds:
@@ -70,12 +77,12 @@ class ClipEncoder:
             tokens = self._tokenizer(list(batch), padding=True, return_tensors="pt")
             self._check_lengths(batch, tokens["attention_mask"].sum(dim=1).tolist())
             tokens = tokens.to(self._device)
-            pooled = self._model.text_model(
+            pooled = self.model.text_model(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             ).pooler_output
-            return self._model.text_projection(pooled)
+            return self.model.text_projection(pooled)
 
-        return _in_batches(embed, sentences, int(self._model.projection_dim))
+        return _in_batches(embed, sentences, int(self.model.projection_dim))
 
     def _check_lengths(self, sentences: Sequence[str], lengths: Sequence[int]) -> None:
         for sentence, length in zip(sentences, lengths, strict=True):
@@ -183,5 +190,8 @@ def _identity(source: str, config: Any) -> str:
     weights = Path(source) / "model.safetensors"
     if weights.is_file():
         return f"SHA-256 {sha256_of_file(weights)}"
+    if shards := sorted(Path(source).glob("model-*.safetensors")):
+        digests = "".join(map(sha256_of_file, shards))
+        return f"SHA-256 {hashlib.sha256(digests.encode()).hexdigest()} (of its shards')"
     commit = getattr(config, "_commit_hash", None)
     return f"commit {commit}" if commit else "of unknown revision"

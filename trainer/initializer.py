@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from trainer.cross_initialization import text_encoder_output
 from trainer.errors import LearningError
 from trainer.model import DiffusionModel, Encoder
 from trainer.splicing import plain_tokenizer
@@ -33,13 +34,14 @@ def initial_vectors(
     initializer_token: str | None,
     num_vectors: int,
     generator: torch.Generator,
+    cross: bool = False,
 ) -> Float32[Tensor, "num_vectors all_dims"]:
     """The vectors that learning starts from: those for each text encoder side by side.
 
     `phrase_vectors`; several of them are nudged apart. Raises `LearningError` for a phrase without
-    tokens.
+    tokens, or with more than a text encoder can read where it must.
     """
-    vectors = phrase_vectors(model, initializer_token, num_vectors)
+    vectors = phrase_vectors(model, initializer_token, num_vectors, cross=cross)
     if num_vectors == 1:
         return vectors
     parts = vectors.split(model.dims, dim=1)
@@ -47,22 +49,25 @@ def initial_vectors(
 
 
 def phrase_vectors(
-    model: DiffusionModel, phrase: str | None, num_vectors: int
+    model: DiffusionModel, phrase: str | None, num_vectors: int, *, cross: bool = False
 ) -> Float32[Tensor, "num_vectors all_dims"]:
     """A phrase as vectors: those for each text encoder side by side.
 
     A phrase of exactly `num_vectors` tokens gives one vector each; any other phrase gives its mean
     to all of them. Without one: the mean of the vocabulary, the direction that all tokens share and
-    that favours none. Raises `LearningError` for a phrase without tokens.
+    that favours none. With `cross` not the embeddings themselves, but what the text encoder makes
+    of them. Raises `LearningError` for a phrase without tokens.
     """
-    parts = [_phrase_part(encoder, phrase, num_vectors) for encoder in model.encoders]
+    parts = [_phrase_part(encoder, phrase, num_vectors, cross) for encoder in model.encoders]
     return torch.cat(parts, dim=1)
 
 
 def _phrase_part(
-    encoder: Encoder, phrase: str | None, num_vectors: int
+    encoder: Encoder, phrase: str | None, num_vectors: int, cross: bool
 ) -> Float32[Tensor, "num_vectors dim"]:
     rows = _rows(encoder, phrase)
+    if cross:
+        rows = text_encoder_output(encoder, rows)
     return rows if len(rows) == num_vectors else rows.mean(dim=0).repeat(num_vectors, 1)
 
 

@@ -16,10 +16,13 @@ from trainer.options import MAX_CANDIDATES
 from trainer.splicing import plain_tokenizer
 
 FINALISTS = 8  # are compared on the whole evaluation batch
+BY_SIMILARITY = 32  # are left of all candidates where an image tower compares them first
 _KEPT = 4  # of so many candidates one stays for the next round
 _STRIDES = (8, 4, 2)  # a round takes every so-manieth sample of the evaluation batch
 _FEWEST_LETTERS = 2
 
+# Of phrases with the images, in their order; higher is closer.
+Similarities = Callable[[Sequence[str]], Float32[Tensor, " words"]]
 Words = Float32[Tensor, "words num_vectors all_dims"]
 
 
@@ -38,13 +41,16 @@ def search(
     num_vectors: int,
     start: Callable[[Vectors], Vectors],
     candidates: Sequence[str] = (),
+    similarities: Similarities | None = None,
     batch_size: int,
 ) -> tuple[RankedWord, ...]:
     """The best initializers, at most `FINALISTS`, best first.
 
-    Candidates are the phrases that are given, or else `vocabulary_words`; where those are more than
-    `MAX_CANDIDATES`, the `most_promising`. `start` is applied to a phrase's vectors as it will be
-    when learning starts from it. Raises `LearningError` if there is no candidate.
+    Candidates are the phrases that are given, or else `vocabulary_words`. Of those the loss decides
+    between the `BY_SIMILARITY` most like the images, where `similarities` can tell; otherwise
+    between all, where they are more than `MAX_CANDIDATES` the `most_promising`. `start` is applied
+    to a phrase's vectors as it will be when learning starts from it. Raises `LearningError` if
+    there is no candidate.
     """
     words = list(candidates) or vocabulary_words(model)
     if not words:
@@ -52,7 +58,10 @@ def search(
             "no token of this model's vocabulary is a word of two letters or more; give "
             "--initializer-candidates, or an --initializer-token"
         )
-    if len(words) > MAX_CANDIDATES:
+    if similarities is not None:
+        order: list[int] = similarities(words).argsort(descending=True, stable=True).tolist()
+        words = [words[place] for place in order[:BY_SIMILARITY]]
+    elif len(words) > MAX_CANDIDATES:
         words = most_promising(
             model, objective, evaluation, words, start=start, batch_size=batch_size
         )

@@ -33,7 +33,7 @@ from trainer.templates import LearnableProperty
 _BEGINNINGS = ("a photo of", "a picture of", "a good photo of", "an image of", "a rendering of")
 # What belongs to each word, and has no meaning for all of them.
 _OF_WORDS = ("num_vectors", "initializer_token", "initializer_candidates", "learnable_property")
-_ALONE = ("progressive", "per_image_tokens")
+_ALONE = ("progressive", "per_image_tokens", "warm_start")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

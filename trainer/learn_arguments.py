@@ -44,16 +44,22 @@ def add_learn_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="absolute (by --optimizer and a word's length)",
     )
+    options.add_argument(
+        "--regularization",
+        type=float,
+        metavar="X",
+        help="weight of the pull back to the start (0; 1e-5 with --cross-initialization)",
+    )
     for name, type_, what in (
         ("num-vectors", int, "length of the new word in tokens"),
         ("steps", int, "steps to learn, at most"),
         ("batch-size", int, "samples in a step"),
         ("seed", int, "of all random draws"),
+        ("warm-start", int, "steps towards what --image-tower sees, before the first step"),
         ("eval-every", int, "steps between two evaluations on fixed noise"),
         ("stop-window", int, "evaluations that must have settled for --stop dvar"),
         ("stop-threshold", float, "of their variance, relative to that of all evaluations"),
         ("timestep-focus", float, "share of the timesteps that is biased to noise"),
-        ("regularization", float, "weight of the pull back to the initializer"),
     ):
         default = getattr(_DEFAULTS, name.replace("-", "_"))
         metavar = "N" if type_ is int else "X"
@@ -62,6 +68,7 @@ def add_learn_options(parser: argparse.ArgumentParser) -> None:
         ("antithetic", "samples in pairs of opposite noise"),
         ("progressive", "let the vectors join one after another, at equal parts of the run"),
         ("per-image-tokens", "a vector of its own for each image, dropped at the end"),
+        ("cross-initialization", "start at the text encoder's output for the initializer"),
     ):
         options.add_argument(f"--{name}", action="store_const", const=True, help=what)
 

@@ -17,6 +17,7 @@ from trainer.encoders import Encoder
 from trainer.errors import Diverged, LearningError, NoGradient
 from trainer.evaluation_errors import EvaluationError
 from trainer.fingerprint import model_fingerprint
+from trainer.image_tower import ImageTower, open_image_towers
 from trainer.images import read_images
 from trainer.learn_reports import report_images
 from trainer.learn_tasks import LearnTask
@@ -38,6 +39,7 @@ class LearnJob:
     model: DiffusionModel
     options: LearnOptions
     words: Sequence[LearnWord]
+    towers: Sequence[ImageTower]
     prefer: Preference | None
     max_rows: int  # of a pass of the denoiser
 
@@ -51,11 +53,21 @@ class LearnJob:
         encoder: Encoder | None,
     ) -> "LearnJob":
         """Read images and checkpoints; whatever can be refused before learning, is."""
+        towers = open_image_towers(arguments.image_tower, model)
         fingerprint = model_fingerprint(model)
         # Of several words, one that was killed before its first checkpoint starts anew.
         begun = [task for task in tasks if task.checkpoint.exists()] or tasks
         words = [
-            _word(task, model, options, arguments, encoder, fingerprint, begun=task in begun)
+            _word(
+                task,
+                model,
+                options,
+                arguments,
+                encoder,
+                towers=towers,
+                fingerprint=fingerprint,
+                begun=task in begun,
+            )
             for task in tasks
         ]
         check_room(need for word in words for need in word.needs())
@@ -65,6 +77,7 @@ class LearnJob:
             model=model,
             options=options,
             words=words,
+            towers=towers,
             prefer=arguments.prefer,
             max_rows=arguments.max_rows,
         )
@@ -110,6 +123,7 @@ class LearnJob:
             self.model,
             [word.images for word in self.words],
             [self.options] * len(self.words),
+            towers=self.towers,
             resume_from=given,
             max_rows=self.max_rows,
         )
@@ -150,8 +164,9 @@ def _word(
     options: LearnOptions,
     arguments: argparse.Namespace,
     encoder: Encoder | None,
-    fingerprint: str,
     *,
+    towers: Sequence[ImageTower],
+    fingerprint: str,
     begun: bool,
 ) -> LearnWord:
     """A word with its images read, and if its run goes on with its state."""
@@ -163,7 +178,7 @@ def _word(
     captions = images.captions or ((),) * len(images.names)
     check_captions(arguments.presets, dict(zip(images.names, map(bool, captions), strict=True)))
     identity = RunIdentity.of(
-        model, images, options, placeholder_token=token, fingerprint=fingerprint
+        model, images, options, placeholder_token=token, towers=towers, fingerprint=fingerprint
     )
     judge = CourseJudge.of(encoder, images, options.learnable_property) if encoder else None
     resumes = arguments.resume and begun
@@ -172,6 +187,7 @@ def _word(
         model=model,
         options=options,
         images=images,
+        towers=towers,
         identity=identity,
         checkpoint_every=arguments.checkpoint_every,
         preview_every=arguments.preview_every,

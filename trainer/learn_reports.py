@@ -1,13 +1,11 @@
 """What `oneword learn` says: of the images, while it learns, and of what came out."""
 
 import sys
-from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from engine.printing import printable
 from trainer.images import TrainingImages
-from trainer.initializer_search import RankedWord
 from trainer.run import LearnState
 
 
@@ -27,11 +25,18 @@ def report_images(images: TrainingImages, size: int) -> None:
         print(f"  skipped {printable(file.name)}: {file.reason}")
 
 
-def report_initializers(initializers: Sequence[RankedWord], label: str) -> None:
-    words = ", ".join(f"{printable(word)} {loss:.4f}" for word, loss in initializers)
-    tqdm.write(
-        f"{label}starts from the first of these words (with their evaluation losses): {words}"
-    )
+def report_start(state: LearnState, label: str) -> None:
+    """What was found out before the first step."""
+    if state.initializers:
+        words = ", ".join(f"{printable(word)} {loss:.4f}" for word, loss in state.initializers)
+        tqdm.write(
+            f"{label}starts from the first of these words (with their evaluation losses): {words}"
+        )
+    if state.warmth:
+        tqdm.write(
+            f"{label}warm start: similarity of prompts and images {state.warmth.before:.4f} -> "
+            f"{state.warmth.after:.4f}"
+        )
 
 
 def report_rollback(state: LearnState, label: str) -> None:

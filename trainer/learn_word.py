@@ -1,7 +1,7 @@
 """One word of a command: what happens to the states of its run, and the files that are left."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NoReturn
@@ -16,8 +16,9 @@ from trainer.course import MAX_POINTS, CoursePoint
 from trainer.course_judge import CourseJudge, JudgedCourse, judge_course
 from trainer.disk import Need, PatientWrites, write_somewhere
 from trainer.errors import LearningError
+from trainer.image_tower import ImageTower
 from trainer.images import TrainingImages
-from trainer.learn_reports import report_initializers, report_rollback, warn_nothing_learned
+from trainer.learn_reports import report_rollback, report_start, warn_nothing_learned
 from trainer.learn_tasks import LearnTask
 from trainer.model import DiffusionModel
 from trainer.options import LearnOptions
@@ -41,6 +42,7 @@ class LearnWord:
     model: DiffusionModel
     options: LearnOptions
     images: TrainingImages
+    towers: Sequence[ImageTower]
     identity: RunIdentity
     checkpoint_every: int
     preview_every: int | None
@@ -87,8 +89,8 @@ class LearnWord:
         if state.rolled_back:
             report_rollback(state, self.label)
             self.writes.attempt(f"numbers in {self.task.scalars}", self.open_scalars)
-        elif state.step == 0 and state.initializers:
-            report_initializers(state.initializers, self.label)
+        elif state.step == 0:
+            report_start(state, self.label)
         # Before step 1 there is none, nor where the run was rolled back.
         loss = {} if math.isnan(state.loss) else {"loss": f"{state.loss:.4f}"}
         bar.set_postfix(loss, best=f"{state.best_evaluation_loss:.4f}")
@@ -184,7 +186,7 @@ class LearnWord:
         """The concept that a point of the course would be."""
         assert self.state
         metadata = {
-            **concept_metadata(self.state, self.options, self.images, self.model),
+            **concept_metadata(self.state, self.options, self.images, self.model, self.towers),
             "best_step": str(point.step),
             "final_evaluation_loss": f"{point.evaluation_loss:.6f}",
         }

@@ -8,6 +8,7 @@ and a run that goes on from any of its states repeats the rest bit for bit (on t
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from trainer.image_tower import ImageTower
 from trainer.images import TrainingImages
 from trainer.material import losses_and_gradients
 from trainer.model import DiffusionModel
@@ -22,6 +23,7 @@ def learn(
     images: TrainingImages,
     options: LearnOptions,
     *,
+    towers: Sequence[ImageTower] = (),
     resume_from: LearnState | None = None,
     max_rows: int = MAX_ROWS,
 ) -> Iterator[LearnState]:
@@ -32,9 +34,12 @@ def learn(
     yields the last evaluated state again, to go on from with half the learning rate.
     Raises `Diverged` when that has not helped `MAX_ROLLBACKS` times, or `NoGradient`; the state
     yielded before is then the last good one.
+
+    Image `towers` of the model's text encoders have a say in where learning starts; a run that is
+    resumed has no use for them.
     """
     for (state,) in learn_together(
-        model, [images], [options], resume_from=[resume_from], max_rows=max_rows
+        model, [images], [options], towers=towers, resume_from=[resume_from], max_rows=max_rows
     ):
         yield state
 
@@ -44,6 +49,7 @@ def learn_together(
     images: Sequence[TrainingImages],
     options: Sequence[LearnOptions],
     *,
+    towers: Sequence[ImageTower] = (),
     resume_from: Sequence[LearnState | None] | None = None,
     max_rows: int = MAX_ROWS,
 ) -> Iterator[tuple[LearnState, ...]]:
@@ -55,11 +61,20 @@ def learn_together(
     state. Errors are those of `learn`, and name the concept.
     """
     count = len(images)
+    given = resume_from or [None] * count
     runs = [
-        Run.prepare(model, own, told, label=f"concept {place} of {count}: " if count > 1 else "")
-        for place, (own, told) in enumerate(zip(images, options, strict=True), start=1)
+        Run.prepare(
+            model,
+            own,
+            told,
+            towers=() if state else towers,
+            label=f"concept {place} of {count}: " if count > 1 else "",
+        )
+        for place, (own, told, state) in enumerate(
+            zip(images, options, given, strict=True), start=1
+        )
     ]
-    yield from follow(model, runs, resume_from or [None] * count, max_rows=max_rows)
+    yield from follow(model, runs, given, max_rows=max_rows)
 
 
 def follow(

@@ -15,11 +15,13 @@ AUTO = "auto"  # as initializer_token: search for it
 MAX_STEPS = 1_000_000
 MAX_BATCH_SIZE = 4096
 MAX_CANDIDATES = 512
+CROSS_REGULARIZATION = 1e-5
 _LIMITS = {
     "steps": (1, MAX_STEPS),
     "batch_size": (1, MAX_BATCH_SIZE),
     "num_vectors": (1, None),
     "eval_every": (1, None),
+    "warm_start": (0, MAX_STEPS),
 }
 _CHOICES = {
     "learnable_property": get_args(LearnableProperty),
@@ -40,6 +42,11 @@ class LearnOptions:
     # A word or phrase; "auto": the best by a search; None: the mean of the vocabulary.
     initializer_token: str | None = None
     initializer_candidates: tuple[str, ...] = ()  # for the search; none: words of the vocabulary
+    # Weight of the squared distance to the start, added to the loss; None: 0, but for Cross
+    # Initialization its authors' 1e-5.
+    regularization: float | None = None
+    cross_initialization: bool = False  # start at the text encoder's output, of any length
+    warm_start: int = 0  # steps towards what an image tower sees, before the first step
     learnable_property: LearnableProperty = "object"
     seed: int = 0
     eval_every: int = 25  # steps between two evaluations on the fixed batch
@@ -49,7 +56,6 @@ class LearnOptions:
     timestep_focus: float = 0.0  # share of the timesteps that is biased to noise
     antithetic: bool = False  # samples in pairs of opposite noise
     progressive: bool = False  # vectors join one after another, at equal parts of the run
-    regularization: float = 0.0  # weight of the squared distance to where the vectors started
     per_image_tokens: bool = False  # a vector of its own for each image, dropped at the end
 
     def __post_init__(self) -> None:
@@ -72,8 +78,13 @@ class LearnOptions:
             )
         if self.antithetic and self.batch_size < 2:
             raise LearningError("antithetic needs pairs: batch_size must be at least 2, got 1")
+        if not 0.0 <= self.pull < math.inf:
+            raise LearningError(
+                f"regularization must be finite and at least 0, got {self.regularization}"
+            )
         self._check_candidates()
-        self._check_variants()
+        self._check_progressive()
+        self._check_cross_initialization()
         self._settling()  # refuses what cannot be
 
     def _check_limits(self, name: str, least: int, most: int | None) -> None:
@@ -95,11 +106,7 @@ class LearnOptions:
                 f"initializer_candidates must be at most {MAX_CANDIDATES}, got {count}"
             )
 
-    def _check_variants(self) -> None:
-        if not 0.0 <= self.regularization < math.inf:
-            raise LearningError(
-                f"regularization must be finite and at least 0, got {self.regularization}"
-            )
+    def _check_progressive(self) -> None:
         if not self.progressive:
             return
         if not 2 <= self.num_vectors <= self.steps:
@@ -109,11 +116,39 @@ class LearnOptions:
             )
         if self.per_image_tokens:
             raise LearningError("progressive and per_image_tokens cannot be combined; choose one")
+        if self.warm_start:
+            raise LearningError(
+                f"warm_start ({self.warm_start}) leads all vectors at once, and progressive lets "
+                "them join one after another; choose one"
+            )
         if self.stop != "steps":
             raise LearningError(
                 f"progressive lets vectors join at parts of all steps: stop must be 'steps', got "
                 f"{self.stop!r}"
             )
+
+    def _check_cross_initialization(self) -> None:
+        """What holds a word's length cannot start where vectors are many times longer."""
+        if self.cross_initialization and self.optimizer == "dti":
+            raise LearningError(
+                "cross_initialization starts longer than any word, and optimizer dti holds a "
+                "word's length; use optimizer adam or adamw, or leave cross_initialization out"
+            )
+        if self.cross_initialization and self.warm_start:
+            raise LearningError(
+                "cross_initialization starts longer than any word, and warm_start "
+                f"({self.warm_start}) holds a word's length; use one of them"
+            )
+
+    @property
+    def pull(self) -> float:
+        """The weight of the squared distance to the start that is meant, given or usual.
+
+        That of Cross Initialization is in arXiv 2312.15905; its code takes the distance itself.
+        """
+        if self.regularization is not None:
+            return self.regularization
+        return CROSS_REGULARIZATION if self.cross_initialization else 0.0
 
     @property
     def rate(self) -> float:

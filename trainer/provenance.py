@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
+from trainer.image_tower import ImageTower
 from trainer.images import TrainingImages
 from trainer.model import DiffusionModel
 from trainer.options import LearnOptions
@@ -12,7 +14,11 @@ from trainer.run import LearnState
 
 
 def concept_metadata(
-    state: LearnState, options: LearnOptions, images: TrainingImages, model: DiffusionModel
+    state: LearnState,
+    options: LearnOptions,
+    images: TrainingImages,
+    model: DiffusionModel,
+    towers: Sequence[ImageTower] = (),
 ) -> dict[str, str]:
     """How a concept came to be, as written into its file."""
     given = {
@@ -25,7 +31,9 @@ def concept_metadata(
     return {
         **given,
         "learning_rate": f"{options.rate}{' of a word' if options.rate_is_relative else ''}",
+        "regularization": str(options.pull),
         **_searched(state),
+        **_guided(state, towers),
         "best_step": str(state.best_step),  # whose vectors these are: the best evaluated
         "initial_evaluation_loss": f"{state.initial_evaluation_loss:.6f}",
         "final_evaluation_loss": f"{state.best_evaluation_loss:.6f}",
@@ -45,6 +53,17 @@ def _searched(state: LearnState) -> dict[str, str]:
         "initializer_token": state.initializers[0].word,
         "initializer_losses": json.dumps(dict(state.initializers)),
     }
+
+
+def _guided(state: LearnState, towers: Sequence[ImageTower]) -> dict[str, str]:
+    """Which image towers had a say in where the vectors started, and what a warm start gained."""
+    if not towers:
+        return {}
+    said = {"image_towers": json.dumps({tower.name: tower.identity for tower in towers})}
+    if state.warmth:
+        said["initial_similarity"] = f"{state.warmth.before:.6f}"
+        said["warm_similarity"] = f"{state.warmth.after:.6f}"
+    return said
 
 
 def software_version() -> str:

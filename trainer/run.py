@@ -1,6 +1,7 @@
 """One concept's run: what stays the same in it, and the states it passes through."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from trainer.cohorts import moved, num_joined
 from trainer.course import Course, CoursePoint, extended
 from trainer.errors import Diverged, NoGradient
+from trainer.image_guide import ImageGuide, word_similarities
+from trainer.image_tower import ImageTower, lent
 from trainer.images import TrainingImages
 from trainer.initializer import word_norm
 from trainer.initializer_search import RankedWord, search
@@ -22,6 +25,7 @@ from trainer.per_image_tokens import PerImageTokens
 from trainer.regularization import pull_to_start
 from trainer.starts import Start, starting_vectors
 from trainer.updates import Moments, PerEncoder, update_rule
+from trainer.warm_start import Warmth, warm_started
 
 MAX_ROLLBACKS = 3
 _MAX_ZERO_GRADIENTS = 5
@@ -49,6 +53,7 @@ class LearnState:
     course: Course  # the word's vectors at those evaluations
     initial_vectors: Float32[Tensor, "all_vectors dim"]  # of those too that have yet to join
     initializers: tuple[RankedWord, ...]  # what a search found best, best first; empty without one
+    warmth: Warmth | None  # what a warm start gained; None without one
     best_step: int
     # The word's vectors at the last evaluation, unless the run has gone astray since.
     best_vectors: Float32[Tensor, "word_vectors dim"]
@@ -85,11 +90,18 @@ class Run:
     starts: tuple[Start, ...]  # of all vectors, in the order of their rows
     num_word_vectors: int  # the first rows: those that are kept
     dims: tuple[int, ...]  # of the vectors for each text encoder, which stand side by side
-    norms: tuple[float, ...]  # of a word in each of them
+    norms: tuple[float, ...]  # of a word in each of them; infinite where none is held
+    guides: tuple[ImageGuide, ...]  # of the text encoders that have an image tower
 
     @classmethod
     def prepare(
-        cls, model: DiffusionModel, images: TrainingImages, options: LearnOptions, *, label: str
+        cls,
+        model: DiffusionModel,
+        images: TrainingImages,
+        options: LearnOptions,
+        *,
+        towers: Sequence[ImageTower] = (),
+        label: str,
     ) -> Self:
         kind = PerImageTokens if options.per_image_tokens else OwnImages
         word = Start(
@@ -104,6 +116,7 @@ class Run:
             options,
             starts=(word, own) if options.per_image_tokens else (word,),
             num_word_vectors=options.num_vectors,
+            guides=tuple(ImageGuide.of(tower, model, images, options) for tower in towers),
             label=label,
         )
 
@@ -116,6 +129,7 @@ class Run:
         *,
         starts: tuple[Start, ...],
         num_word_vectors: int,
+        guides: tuple[ImageGuide, ...] = (),
         label: str,
     ) -> Self:
         return cls(
@@ -125,12 +139,17 @@ class Run:
             starts=starts,
             num_word_vectors=num_word_vectors,
             dims=model.dims,
-            norms=tuple(word_norm(encoder) for encoder in model.encoders),
+            norms=tuple(
+                math.inf if options.cross_initialization else word_norm(encoder)
+                for encoder in model.encoders
+            ),
+            guides=guides,
         )
 
     def first_state(self, model: DiffusionModel) -> LearnState:
         generator = torch.Generator().manual_seed(self.options.seed)
-        initial, ranking = self._initial_vectors(model, generator)
+        with lent([guide.tower for guide in self.guides], model.unet.device):
+            initial, ranking, warmth = self._start(model, generator)
         vectors = initial[: self._num_joined(initial, step=0)]
         evaluation_loss = self._evaluate(vectors)
         if not math.isfinite(evaluation_loss):
@@ -156,6 +175,7 @@ class Run:
             course=(first,),
             initial_vectors=initial,
             initializers=ranking,
+            warmth=warmth,
             best_step=0,
             best_vectors=word,
             best_evaluation_loss=evaluation_loss,
@@ -166,16 +186,34 @@ class Run:
             rollbacks=0,
         )
 
-    def _initial_vectors(
+    def _start(
         self, model: DiffusionModel, generator: torch.Generator
-    ) -> tuple[Vectors, tuple[RankedWord, ...]]:
-        """Where all vectors start, and what a search for the word's initializer found."""
+    ) -> tuple[Vectors, tuple[RankedWord, ...], Warmth | None]:
+        """Where all vectors start, with what a search found and what a warm start gained."""
         starts, ranking = self.starts, ()
         if self.options.initializer_token == AUTO:
             ranking = self._search(model)
             starts = (replace(starts[0], initializer_token=ranking[0].word), *starts[1:])
-        initial = starting_vectors(model, starts, generator)
-        return self._rule(initial).start(initial), ranking
+        cross = self.options.cross_initialization
+        initial = starting_vectors(model, starts, generator, cross=cross)
+        initial = self._rule(initial).start(initial)
+        if not self.options.warm_start:
+            return initial, ranking, None
+        warm, warmth = self._warmed(initial)
+        return warm, ranking, warmth
+
+    def _warmed(self, initial: Vectors) -> tuple[Vectors, Warmth]:
+        """The word led to what the towers see; what only learning needs stays where it is."""
+        word, others = initial[: self.num_word_vectors], initial[self.num_word_vectors :]
+        warm, warmth = warm_started(
+            self.guides,
+            word,
+            steps=self.options.warm_start,
+            dims=self.dims,
+            norms=self.norms,
+            label=self.label,
+        )
+        return torch.cat([self._rule(warm).start(warm), others]), warmth
 
     def _search(self, model: DiffusionModel) -> tuple[RankedWord, ...]:
         (part,) = self.material.evaluation(num_vectors=self.options.num_vectors)
@@ -186,6 +224,7 @@ class Run:
             num_vectors=self.options.num_vectors,
             start=lambda vectors: self._rule(vectors).start(vectors),
             candidates=self.options.initializer_candidates,
+            similarities=word_similarities(self.guides, self.options.learnable_property),
             batch_size=self.options.batch_size,
         )
 
@@ -209,7 +248,7 @@ class Run:
     def after(self, state: LearnState, loss: float, gradient: Vectors) -> LearnState:
         """The state that follows `state` with the loss and gradient of its batch."""
         reached = bool(gradient.any())
-        if self.options.regularization:
+        if self.options.pull:
             penalty, pull = self._pull(state)
             loss, gradient = loss + penalty, gradient + pull
         grad_norm = gradient.norm().item()
@@ -248,7 +287,7 @@ class Run:
         return pull_to_start(
             state.vectors,
             state.initial_vectors[: len(state.vectors)],
-            weight=self.options.regularization,
+            weight=self.options.pull,
             count=self.num_word_vectors,
         )
 

@@ -20,18 +20,28 @@ class Start:
 
 
 def starting_vectors(
-    model: DiffusionModel, starts: Sequence[Start], generator: torch.Generator
+    model: DiffusionModel,
+    starts: Sequence[Start],
+    generator: torch.Generator,
+    *,
+    cross: bool = False,
 ) -> Vectors:
-    """The vectors of all, one below another. Raises `LearningError` for a phrase without tokens."""
-    return torch.cat([_vectors(model, start, generator) for start in starts])
+    """The vectors of all, one below another; with `cross` as the text encoder gives them out.
+
+    Raises `LearningError` for a phrase without tokens, or with too many.
+    """
+    return torch.cat([_vectors(model, start, generator, cross) for start in starts])
 
 
-def _vectors(model: DiffusionModel, start: Start, generator: torch.Generator) -> Vectors:
+def _vectors(
+    model: DiffusionModel, start: Start, generator: torch.Generator, cross: bool
+) -> Vectors:
     if not start.nudged:
-        return phrase_vectors(model, start.initializer_token, start.num_vectors)
+        return phrase_vectors(model, start.initializer_token, start.num_vectors, cross=cross)
     return initial_vectors(
         model,
         initializer_token=start.initializer_token,
         num_vectors=start.num_vectors,
         generator=generator,
+        cross=cross,
     )

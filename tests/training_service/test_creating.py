@@ -119,6 +119,10 @@ async def test_an_image_in_many_chunks_arrives_whole(served: LearningServer) -> 
         ({"options": {"regularization": -1.0}}, "options.regularization"),
         ({"options": {"progressive": True}}, "options.num_vectors"),
         (
+            {"options": {"cross_initialization": True, "optimizer": 3}},
+            "options.cross_initialization",
+        ),
+        (
             {"options": {"progressive": True, "num_vectors": 2, "per_image_tokens": True}},
             "options.progressive",
         ),

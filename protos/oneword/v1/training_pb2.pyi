@@ -205,6 +205,7 @@ class LearnOptions(_message.Message):
     REGULARIZATION_FIELD_NUMBER: _builtins.int
     PROGRESSIVE_FIELD_NUMBER: _builtins.int
     PER_IMAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    CROSS_INITIALIZATION_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Steps at most, at least 1."""
     batch_size: _builtins.int
@@ -239,7 +240,7 @@ class LearnOptions(_message.Message):
     """Whether samples come in pairs of opposite noise; `batch_size` must be at least 2 then."""
     regularization: _builtins.float
     """Weight of the squared distance to where the vectors started, added to the loss of learning;
-    at least 0, default 0.
+    at least 0, default 0, with `cross_initialization` 1e-5.
     """
     progressive: _builtins.bool
     """Whether the vectors join one after another, at equal parts of the steps; `num_vectors` must be
@@ -248,6 +249,10 @@ class LearnOptions(_message.Message):
     per_image_tokens: _builtins.bool
     """Whether each image has a vector of its own beside the word's, dropped at the end; not with
     `progressive`.
+    """
+    cross_initialization: _builtins.bool
+    """Whether the vectors start at the text encoder's output for `initializer_token`, and may have
+    any length; not with `OPTIMIZER_DTI`.
     """
     @_builtins.property
     def initializer_candidates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -276,15 +281,18 @@ class LearnOptions(_message.Message):
         regularization: _builtins.float | None = ...,
         progressive: _builtins.bool | None = ...,
         per_image_tokens: _builtins.bool | None = ...,
+        cross_initialization: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic", "_batch_size", b"_batch_size", "_eval_every", b"_eval_every", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_per_image_tokens", b"_per_image_tokens", "_progressive", b"_progressive", "_regularization", b"_regularization", "_seed", b"_seed", "_steps", b"_steps", "_stop_threshold", b"_stop_threshold", "_stop_window", b"_stop_window", "_timestep_focus", b"_timestep_focus", "antithetic", b"antithetic", "batch_size", b"batch_size", "eval_every", b"eval_every", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "per_image_tokens", b"per_image_tokens", "progressive", b"progressive", "regularization", b"regularization", "seed", b"seed", "steps", b"steps", "stop_threshold", b"stop_threshold", "stop_window", b"stop_window", "timestep_focus", b"timestep_focus"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic", "_batch_size", b"_batch_size", "_cross_initialization", b"_cross_initialization", "_eval_every", b"_eval_every", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_per_image_tokens", b"_per_image_tokens", "_progressive", b"_progressive", "_regularization", b"_regularization", "_seed", b"_seed", "_steps", b"_steps", "_stop_threshold", b"_stop_threshold", "_stop_window", b"_stop_window", "_timestep_focus", b"_timestep_focus", "antithetic", b"antithetic", "batch_size", b"batch_size", "cross_initialization", b"cross_initialization", "eval_every", b"eval_every", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "per_image_tokens", b"per_image_tokens", "progressive", b"progressive", "regularization", b"regularization", "seed", b"seed", "steps", b"steps", "stop_threshold", b"stop_threshold", "stop_window", b"stop_window", "timestep_focus", b"timestep_focus"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic", "_batch_size", b"_batch_size", "_eval_every", b"_eval_every", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_per_image_tokens", b"_per_image_tokens", "_progressive", b"_progressive", "_regularization", b"_regularization", "_seed", b"_seed", "_steps", b"_steps", "_stop_threshold", b"_stop_threshold", "_stop_window", b"_stop_window", "_timestep_focus", b"_timestep_focus", "antithetic", b"antithetic", "batch_size", b"batch_size", "eval_every", b"eval_every", "initializer_candidates", b"initializer_candidates", "initializer_token", b"initializer_token", "learnable_property", b"learnable_property", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "optimizer", b"optimizer", "per_image_tokens", b"per_image_tokens", "progressive", b"progressive", "regularization", b"regularization", "seed", b"seed", "steps", b"steps", "stop", b"stop", "stop_threshold", b"stop_threshold", "stop_window", b"stop_window", "timestep_focus", b"timestep_focus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic", "_batch_size", b"_batch_size", "_cross_initialization", b"_cross_initialization", "_eval_every", b"_eval_every", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_per_image_tokens", b"_per_image_tokens", "_progressive", b"_progressive", "_regularization", b"_regularization", "_seed", b"_seed", "_steps", b"_steps", "_stop_threshold", b"_stop_threshold", "_stop_window", b"_stop_window", "_timestep_focus", b"_timestep_focus", "antithetic", b"antithetic", "batch_size", b"batch_size", "cross_initialization", b"cross_initialization", "eval_every", b"eval_every", "initializer_candidates", b"initializer_candidates", "initializer_token", b"initializer_token", "learnable_property", b"learnable_property", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "optimizer", b"optimizer", "per_image_tokens", b"per_image_tokens", "progressive", b"progressive", "regularization", b"regularization", "seed", b"seed", "steps", b"steps", "stop", b"stop", "stop_threshold", b"stop_threshold", "stop_window", b"stop_window", "timestep_focus", b"timestep_focus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__antithetic: _TypeAlias = _typing.Literal["antithetic"]  # noqa: Y015
     _WhichOneofArgType__antithetic: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic"]  # noqa: Y015
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__cross_initialization: _TypeAlias = _typing.Literal["cross_initialization"]  # noqa: Y015
+    _WhichOneofArgType__cross_initialization: _TypeAlias = _typing.Literal["_cross_initialization", b"_cross_initialization"]  # noqa: Y015
     _WhichOneofReturnType__eval_every: _TypeAlias = _typing.Literal["eval_every"]  # noqa: Y015
     _WhichOneofArgType__eval_every: _TypeAlias = _typing.Literal["_eval_every", b"_eval_every"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
@@ -311,6 +319,8 @@ class LearnOptions(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__antithetic) -> _WhichOneofReturnType__antithetic | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cross_initialization) -> _WhichOneofReturnType__cross_initialization | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_every) -> _WhichOneofReturnType__eval_every | None: ...
     @_typing.overload
