@@ -93,7 +93,7 @@ def test_a_checkpoint_is_of_its_variant(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"progressive": True}, "at least 2 vectors.* num_vectors is 1, steps 150"),
+        ({"progressive": True}, "at least 2 vectors.* num_vectors is 1, steps 400"),
         ({"progressive": True, "num_vectors": 3, "steps": 2}, "num_vectors is 3, steps 2"),
         ({"progressive": True, "num_vectors": 2, "stop": "dvar"}, "stop must be 'steps'"),
         (

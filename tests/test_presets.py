@@ -64,11 +64,11 @@ def test_rates_of_the_paper_are_scaled_by_the_batch(flags: list[str], rate: floa
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_given_options_win_over_presets_wherever_they_stand(order: int) -> None:
-    preset, given = ["--preset", "progressive"], ["--num-vectors", "2", "--steps", "150"]
+    preset, given = ["--preset", "progressive"], ["--num-vectors", "2", "--steps", "400"]
     options = _options(*(preset + given, given + preset)[order])
     assert options == LearnOptions(num_vectors=2, progressive=True)
     # A default that is given is given.
-    assert _options("--preset", "paper", "--steps", "150").steps == 150
+    assert _options("--preset", "paper", "--steps", "400").steps == 400
     assert _options("--preset", "paper", "--optimizer", "adam").optimizer == "adam"
 
 

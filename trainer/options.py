@@ -34,7 +34,7 @@ _CHOICES = {
 class LearnOptions:
     """Everything that decides what is learned; docs/learning.md gives reasons for the defaults."""
 
-    steps: int = 150  # at most
+    steps: int = 400  # at most
     batch_size: int = 8
     optimizer: Optimizer = "adam"
     learning_rate: float | None = None  # None: what the optimizer is usually given
@@ -49,7 +49,7 @@ class LearnOptions:
     warm_start: int = 0  # steps towards what an image tower sees, before the first step
     learnable_property: LearnableProperty = "object"
     seed: int = 0
-    eval_every: int = 25  # steps between two evaluations on the fixed batch
+    eval_every: int = 50  # steps between two evaluations on the fixed batch
     stop: StopRule = "steps"  # dvar: as soon as the evaluation loss has settled
     stop_window: int = 6  # evaluations that must have settled
     stop_threshold: float = 0.15  # of their variance, relative to that of all evaluations
