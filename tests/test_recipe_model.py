@@ -58,6 +58,11 @@ def test_the_exported_model_draws_what_the_recipe_drew(recipe: Recipe, model: Pa
     assert error.mean() < 0.1 * np.abs(expected[0].astype(int) - expected[1]).mean()
 
 
+def test_the_exported_model_does_not_say_where_it_was_made(model: Path) -> None:
+    for config in model.rglob("*.json"):
+        assert "_name_or_path" not in config.read_text()
+
+
 def test_the_trainer_takes_the_exported_model(model: Path) -> None:
     loaded = load_model(model)
     assert loaded.prediction_type == "v_prediction"

@@ -158,6 +158,7 @@ class Recipe:
             shutil.rmtree(staging, ignore_errors=True)
             pipeline.to(dtype=torch.float16).save_pretrained(staging, max_shard_size=shard_size)
             _let_load_as_float32(staging / "text_encoder" / "config.json")
+            _forget_origin(staging / "vae" / "config.json")
             target.mkdir(parents=True, exist_ok=True)
             for part in _PARTS:
                 shutil.rmtree(target / part, ignore_errors=True)
@@ -196,6 +197,13 @@ def _let_load_as_float32(config: Path) -> None:
     """
     content = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps(content | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+
+
+def _forget_origin(config: Path) -> None:
+    """Without the folder of the machine that it was trained on."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content.pop("_name_or_path", None)
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_whole(module: AutoencoderKL | CLIPTokenizer, folder: Path) -> None:
