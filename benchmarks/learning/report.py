@@ -71,7 +71,7 @@ def page(results: Sequence[Measured]) -> str:
 def _table(results: Sequence[Measured], names: Sequence[str], *, beside: str) -> list[str]:
     """Each setting beside another one, on the words and seeds that both have learned."""
     lines = [
-        f"| setting | words x seeds | rows | {' | '.join(_COLUMNS)} | loss below | more similar |",
+        f"| setting | runs | rows | {' | '.join(_COLUMNS)} | loss below | more similar |",
         "|---" * (5 + len(_COLUMNS)) + "|",
     ]
     for name in names:
@@ -95,7 +95,7 @@ def _row(name: str, mine: Sequence[Measured], other: Sequence[Measured]) -> str:
     nearer = sum(a.judgement.similarity > b.judgement.similarity for a, b in pairs)
     rows = statistics.fmean(one.rows for one in mine)
     return (
-        f"| {name} | {len(mine)} of {len(words)} words | {rows:.0f} | {' | '.join(cells)} | "
+        f"| {name} | {len(mine)} runs, {len(words)} words | {rows:.0f} | {' | '.join(cells)} | "
         f"{below} of {len(pairs)} | {nearer} of {len(pairs)} |"
     )
 
