@@ -16,7 +16,7 @@ from tests.tiny_model import make_tiny_model
 from trainer import cli
 from trainer.checkpoints import RunIdentity
 from trainer.encoders import Embeds, EncoderDescription
-from trainer.images import TrainingImages
+from trainer.images import TrainingImages, read_images
 from trainer.latents import LatentDistribution
 from trainer.learning import learn
 from trainer.model import DiffusionModel, load_model
@@ -28,6 +28,7 @@ from trainer.splicing import TemplatePrompts
 SIZE = 16  # pixels; the latents are 8 x 8
 TEMPLATES = ("a photo of {}", "a photo of a {}", "a {}")
 OPTIONS = LearnOptions(steps=6, batch_size=2, eval_every=3, learning_rate=3e-3)
+COMMAND_OPTIONS = LearnOptions(steps=6, batch_size=2, eval_every=2)  # of `learn_arguments`
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,18 @@ def model(model_path: Path) -> DiffusionModel:
 def own_model(model_path: Path) -> DiffusionModel:
     """A model that a test may change."""
     return load_model(model_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images") / "cat")
+
+
+@pytest.fixture(scope="module")
+def states(model: DiffusionModel, folder: Path) -> list[LearnState]:
+    """The run of `learn_arguments`."""
+    images = read_images(folder, size=SIZE, placeholder_token="<cat>")
+    return list(learn(model, images, COMMAND_OPTIONS))
 
 
 @pytest.fixture(scope="module")

@@ -12,32 +12,21 @@ import pytest
 
 from engine import files
 from engine.concepts import read_concept
-from tests.learning_setup import image_folder, learn_arguments, make_tiny
+from tests import learning_setup
+from tests.learning_setup import learn_arguments
 from trainer import cli, learn_job
 from trainer.disk import Need, PatientWrites, check_room, write_somewhere
 from trainer.errors import LearningError
-from trainer.images import read_images
-from trainer.learning import learn, learn_together
-from trainer.model import load_model
-from trainer.options import LearnOptions
+from trainer.learning import learn_together
 from trainer.run import LearnState
 
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("images") / "cat")
-
-
-@pytest.fixture(scope="module")
-def states(model_path: Path, folder: Path) -> list[LearnState]:
-    images = read_images(folder, size=16, placeholder_token="<cat>")
-    options = LearnOptions(steps=6, batch_size=2, eval_every=2)
-    return list(learn(load_model(model_path), images, options))
+# Fixtures.
+model_path, model, folder, states = (
+    learning_setup.model_path,
+    learning_setup.model,
+    learning_setup.folder,
+    learning_setup.states,
+)
 
 
 class Usage(NamedTuple):

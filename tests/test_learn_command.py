@@ -20,7 +20,7 @@ from PIL import Image
 from engine.concepts import Concept, read_concept
 from engine.errors import ConceptUnreadable, OneWordError
 from engine.files import sha256_of_file
-from tests.tiny_model import make_tiny_model
+from tests.learning_setup import image_folder, learn_arguments, make_tiny
 from trainer import cli, learn_job, learn_word
 from trainer.errors import CheckpointError, Diverged, LearningError, NoGradient
 from trainer.learn_arguments import options_from
@@ -35,27 +35,17 @@ from trainer.splicing import text_spec
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    return make_tiny_model(path, max_tokens=40, unet_channels=(8, 16), latent_size=8)
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for seed in range(2):
-        values = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(values).save(folder / f"{seed}.png")
-    return folder
+    return image_folder(tmp_path / "images")
 
 
 def _arguments(model: Path, folder: Path, *more: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
     output = folder.parent / "out" / "cat.safetensors"
-    fixed = [str(folder), "--model", str(model), "--output", str(output)]
-    fixed += ["--placeholder-token", "<cat>", "--steps", "6", "--batch-size", "2"]
-    return parser.parse_args([*fixed, "--eval-every", "2", "--device", "cpu", *more])
+    return learn_arguments(model, output, folder, "--placeholder-token", "<cat>", *more)
 
 
 def test_defaults_of_the_command_are_those_of_the_options(model_path: Path, folder: Path) -> None:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from engine.concepts import read_concept
 from engine.errors import OneWordError
+from tests import learning_setup
 from tests.learning_setup import (
+    COMMAND_OPTIONS,
     PatchEncoder,
-    image_folder,
     learn_arguments,
-    make_tiny,
     random_images,
     tiny_model,
 )
@@ -29,35 +29,19 @@ from trainer.evaluation_errors import EvaluationError
 from trainer.evaluation_subjects import read_training_pictures
 from trainer.images import read_images
 from trainer.learning import learn
-from trainer.model import DiffusionModel, load_model
+from trainer.model import DiffusionModel
 from trainer.objective import Objective
-from trainer.options import LearnOptions
 from trainer.run import LearnState
 from trainer.sampling import sample_images
 from trainer.tradeoff import TradeOffPoint, choose, pareto_front
 
-OPTIONS = LearnOptions(steps=6, batch_size=2, eval_every=2)
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def model(model_path: Path) -> DiffusionModel:
-    return load_model(model_path)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("images") / "cat")
-
-
-@pytest.fixture(scope="module")
-def states(model: DiffusionModel, folder: Path) -> list[LearnState]:
-    images = read_images(folder, size=16, placeholder_token="<cat>")
-    return list(learn(model, images, OPTIONS))
+# Fixtures.
+model_path, model, folder, states = (
+    learning_setup.model_path,
+    learning_setup.model,
+    learning_setup.folder,
+    learning_setup.states,
+)
 
 
 @pytest.fixture
@@ -86,10 +70,13 @@ def test_course_goes_through_a_checkpoint_bit_for_bit(
     model: DiffusionModel, states: list[LearnState], folder: Path, tmp_path: Path
 ) -> None:
     images = read_images(folder, size=16, placeholder_token="<cat>")
-    identity = RunIdentity.of(model, images, OPTIONS, placeholder_token="<cat>")
+    identity = RunIdentity.of(model, images, COMMAND_OPTIONS, placeholder_token="<cat>")
     write_checkpoint(tmp_path / "checkpoint", states[5], identity)
     *_, last = learn(
-        model, images, OPTIONS, resume_from=read_checkpoint(tmp_path / "checkpoint", identity)
+        model,
+        images,
+        COMMAND_OPTIONS,
+        resume_from=read_checkpoint(tmp_path / "checkpoint", identity),
     )
     for found, expected in zip(last.course, states[-1].course, strict=True):
         assert (found.step, found.evaluation_loss) == (expected.step, expected.evaluation_loss)
@@ -101,7 +88,7 @@ def test_rolled_back_run_keeps_one_point_a_step(
 ) -> None:
     losses = iter([1.0, 0.9, math.nan, 0.8, 0.7])
     monkeypatch.setattr(Objective, "evaluate", lambda *_, **__: next(losses))
-    *_, last = learn(tiny_model(tmp_path), random_images(), OPTIONS)
+    *_, last = learn(tiny_model(tmp_path), random_images(), COMMAND_OPTIONS)
     assert [(p.step, p.evaluation_loss) for p in last.course] == [
         (0, 1.0),
         (2, 0.9),
@@ -137,7 +124,7 @@ def test_damaged_course_is_a_damaged_checkpoint(
     damage: dict[str, torch.Tensor | None],
 ) -> None:
     path = tmp_path / "checkpoint"
-    identity = RunIdentity.of(model, random_images(), OPTIONS, placeholder_token="<cat>")
+    identity = RunIdentity.of(model, random_images(), COMMAND_OPTIONS, placeholder_token="<cat>")
     write_checkpoint(path, states[-1], identity)
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

@@ -8,10 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from engine.concepts import read_concept
@@ -368,21 +366,14 @@ def test_only_the_words_own_vectors_are_led(
 
 @pytest.fixture
 def picture_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for seed in range(2):
-        values = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(values).save(folder / f"{seed}.png")
-    return folder
+    return image_folder(tmp_path / "images")
 
 
 def _arguments(model: Path, folder: Path, *more: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
     output = folder.parent / "cat.safetensors"
-    fixed = [str(folder), "--model", str(model), "--output", str(output), "--device", "cpu"]
-    fixed += ["--placeholder-token", "<cat>", "--steps", "2", "--batch-size", "2"]
-    return parser.parse_args([*fixed, *more])
+    return learn_arguments(
+        model, output, folder, "--placeholder-token", "<cat>", "--steps", "2", *more
+    )
 
 
 def test_the_concept_says_how_it_was_warmed(

@@ -34,7 +34,7 @@ def concept_metadata(
         "regularization": str(options.pull),
         **_searched(state),
         **_guided(state, towers),
-        "best_step": str(state.best_step),  # whose vectors these are: the best evaluated
+        "best_step": str(state.best_step),  # whose vectors these are
         "initial_evaluation_loss": f"{state.initial_evaluation_loss:.6f}",
         "final_evaluation_loss": f"{state.best_evaluation_loss:.6f}",
         "image_sha256": json.dumps(images.sha256),

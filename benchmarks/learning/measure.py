@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from trainer.learning import learn
 from trainer.options import LearnOptions
 from trainer.quiet import quiet_libraries
 
-# Steps after which the script's vectors are judged; its loss is taken after each of these.
+# After these steps of the script the judge's loss is taken of its vectors.
 PEER_STEPS = (100, 300, 1000, 2000, 3000)
 _COURSE_POINTS = 4  # of our runs, beside the start
 
@@ -28,7 +27,6 @@ class Measured:
     concept: str  # name of its folder
     seed: int
     rows: int  # samples that went through the denoiser with a gradient
-    seconds: float  # of learning, on one thread
     judgement: Judgement
     course: tuple[tuple[int, float], ...]  # rows so far, and the judge's loss
 
@@ -54,17 +52,14 @@ def _by_us(judge: Judge, setting: str, seed: int) -> dict[str, Any]:
     fields: dict[str, Any] = {"seed": seed, **coarse, **told.options}
     options = LearnOptions(**fields)
     with contextlib.nullcontext() if told.stratified else independent_timesteps():
-        started = time.monotonic()
         evaluated = [
             state
             for state in learn(judge.learner, judge.images, options)
             if state.evaluation_loss is not None
         ]
-        seconds = time.monotonic() - started
     last = evaluated[-1]
     return {
         "rows": last.step * options.batch_size,
-        "seconds": round(seconds, 1),
         "judgement": judge.judge(last.best_vectors),
         "course": tuple(
             (state.step * options.batch_size, round(judge.loss(state.vectors), 5))
@@ -77,7 +72,6 @@ def _by_script(judge: Judge, seed: int) -> dict[str, Any]:
     run = peer.run(judge.concept, seed)
     return {
         "rows": peer.STEPS * peer.ACCUMULATION,
-        "seconds": round(run.seconds, 1),
         "judgement": judge.judge(run.vectors()),
         "course": tuple(
             (step * peer.ACCUMULATION, round(judge.loss(run.vectors(step)), 5))

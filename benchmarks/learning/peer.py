@@ -51,12 +51,6 @@ class PeerRun:
 
     folder: Path
 
-    @property
-    def seconds(self) -> float:
-        """From its first to its last file of vectors, scaled to all steps."""
-        first, last = (self._file(step).stat().st_mtime for step in (SAVE_STEPS, STEPS))
-        return (last - first) * STEPS / (STEPS - SAVE_STEPS)
-
     def vectors(self, step: int = STEPS) -> Tensor:
         """float32 [1, dim] after a step, of those that were saved."""
         (vectors,) = load_file(self._file(step)).values()
