@@ -258,7 +258,7 @@ def test_samples_while_learning_are_those_of_diffusers(
     model: DiffusionModel, concept: Concept
 ) -> None:
     (sample,) = sample_images(
-        model, concept, ["a <new>"], size=24, seed=7, num_inference_steps=3, guidance_scale=4.0
+        model, [concept], ["a <new>"], size=24, seed=7, num_inference_steps=3, guidance_scale=4.0
     )
     request = GenerationRequest(
         prompt="a <new>",

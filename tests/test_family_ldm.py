@@ -296,7 +296,7 @@ def test_samples_while_learning_are_those_of_diffusers(
 ) -> None:
     concept = as_concept(model, random_vectors(model, 2), placeholder_token="<new>")
     options: dict[str, Any] = {"seed": 7, "num_inference_steps": 3, "guidance_scale": 4.0}
-    (sample,) = sample_images(model, concept, ["a <new>"], size=64, **options)
+    (sample,) = sample_images(model, [concept], ["a <new>"], size=64, **options)
     request = GenerationRequest(
         prompt="a <new>", concepts=(concept,), width=64, height=64, **options
     )

@@ -278,7 +278,7 @@ def test_d09_previews_are_drawn_by_the_model_in_hand(
     shutil.rmtree(tmp_path / "model")
     for state in learn(model, images, OPTIONS):
         concept = as_concept(model, state.vectors, placeholder_token="<x>")
-        (drawn,) = sample_images(model, concept, ["a <x>"], size=SIZE, num_inference_steps=2)
+        (drawn,) = sample_images(model, [concept], ["a <x>"], size=SIZE, num_inference_steps=2)
         assert drawn.size == (SIZE, SIZE)
 
 

@@ -377,7 +377,9 @@ def test_placeholder_that_prompts_cannot_hold_is_refused_before_learning(
 def test_previews_are_the_images_that_diffusers_draws(model_path: Path) -> None:
     vectors = 0.1 * torch.randn((1, 24), generator=torch.Generator().manual_seed(0))
     concept = Concept(placeholder_token="<cat>", learned_embeddings=vectors.numpy())
-    (drawn,) = sample_images(load_model(model_path), concept, ["a photo of <cat>"], size=16, seed=5)
+    (drawn,) = sample_images(
+        load_model(model_path), [concept], ["a photo of <cat>"], size=16, seed=5
+    )
     pipeline: Any = StableDiffusionPipeline.from_pretrained(str(model_path), safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_textual_inversion({"<cat>": vectors})
@@ -400,7 +402,7 @@ def test_previews_do_not_clip_latents_where_the_config_does_not_say(model_path: 
     model = load_model(model_path)
     silent = {k: v for k, v in model.scheduler_config.items() if k != "clip_sample"}
     drawn = [
-        sample_images(m, concept, ["a photo of <cat>"], size=16)[0].tobytes()
+        sample_images(m, [concept], ["a photo of <cat>"], size=16)[0].tobytes()
         for m in (model, dataclasses.replace(model, scheduler_config=silent))
     ]
     assert drawn[0] == drawn[1]

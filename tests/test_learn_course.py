@@ -180,7 +180,7 @@ def _expected(model: DiffusionModel, folder: Path, concept: Any) -> tuple[float,
     backgrounds = ["on the beach", "in the snow", "in the forest", "on a blue background"]
 
     def embeds(prompts: list[str], seed: int) -> Any:
-        drawn = sample_images(model, concept, prompts, size=16, seed=seed, num_inference_steps=12)
+        drawn = sample_images(model, [concept], prompts, size=16, seed=seed, num_inference_steps=12)
         return encoder.image_embeds([np.asarray(image) for image in drawn])
 
     alone = np.concatenate([embeds(["a photo of <cat>"], seed) for seed in range(4)])

@@ -82,7 +82,7 @@ def test_a_run_in_half_precision_keeps_its_state_in_float32(
     for module in (model.text_encoder, model.vae):
         assert {weight.dtype for weight in module.parameters()} == {torch.float32}
     concept = as_concept(model, state.best_vectors, placeholder_token="<cat>")
-    (image,) = sample_images(model, concept, ["a <cat>"], size=16, num_inference_steps=2)
+    (image,) = sample_images(model, [concept], ["a <cat>"], size=16, num_inference_steps=2)
     assert image.size == (16, 16)
 
 

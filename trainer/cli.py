@@ -10,6 +10,7 @@ import torch
 from trainer.learn_arguments import add_learn_options, options_from
 from trainer.learn_course import add_course_options, encoder_of
 from trainer.learn_job import LearnJob
+from trainer.learn_joint import JointJob, add_joint_options, check_joint
 from trainer.learn_tasks import tasks_of
 from trainer.learn_towers import add_tower_option, guided
 from trainer.learning import MAX_ROWS
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="concept file to write; with --concept a folder"
     )
+    add_joint_options(parser)
     add_tower_option(parser)
     add_learn_options(parser)
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT.checkpoint")
@@ -85,12 +87,17 @@ def run(arguments: argparse.Namespace) -> int:
     """
     started = time.monotonic()
     quiet_libraries()
+    jointly = check_joint(arguments)
     options = guided(options_from(arguments), arguments.image_tower)
     tasks = tasks_of(arguments)
     for task in tasks:
         task.check_files(resume=arguments.resume)
     encoder = encoder_of(arguments)
-    job = LearnJob.prepare(_load_model(arguments), tasks, options, arguments, encoder)
+    model = _load_model(arguments)
+    if jointly:
+        job = JointJob.prepare(model, tasks, options, arguments)
+    else:
+        job = LearnJob.prepare(model, tasks, options, arguments, encoder)
     try:
         with sigterm_raises():
             job.learn()

@@ -105,7 +105,7 @@ class CourseJudge:
         for seed in range(num_samples):
             drawn = sample_images(
                 model,
-                concept,
+                [concept],
                 [prompt.with_word(token) for prompt in prompts],
                 size=image_size(model),
                 seed=seed,

@@ -60,6 +60,12 @@ class TrainingImages:
     # For each image the templates that were written for it; none: those that all images share.
     captions: tuple[tuple[str, ...], ...] = ()
 
+    @property
+    def captioned(self) -> dict[str, bool]:
+        """Which images have captions, by name."""
+        captions = self.captions or ((),) * len(self.names)
+        return {name: bool(own) for name, own in zip(self.names, captions, strict=True)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Square:

@@ -16,10 +16,12 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from engine.concepts import Concept, check_placeholder_token
+from trainer.checkpoints import RunIdentity
 from trainer.errors import LearningError
+from trainer.fingerprint import model_fingerprint
 from trainer.images import TrainingImages
 from trainer.latents import LatentDistribution
-from trainer.learning import follow
+from trainer.learning import MAX_ROWS, follow
 from trainer.material import EVALUATION_BATCH_SIZE, Part, objective_of
 from trainer.model import DiffusionModel
 from trainer.objective import Batch, Objective
@@ -55,6 +57,7 @@ def learn_jointly(
     *,
     sentences: Sequence[str] = (),
     resume_from: LearnState | None = None,
+    max_rows: int = MAX_ROWS,
 ) -> Iterator[LearnState]:
     """Learn several words in one run; yields its states as `learn` does.
 
@@ -83,15 +86,24 @@ def learn_jointly(
         num_word_vectors=sum(word.num_vectors for word in words),
         label="",
     )
-    for (state,) in follow(model, [run], [resume_from]):
+    for (state,) in follow(model, [run], [resume_from], max_rows=max_rows):
         yield state
 
 
 def joint_concepts(
-    model: DiffusionModel, words: Sequence[JointWord], options: LearnOptions, state: LearnState
+    model: DiffusionModel,
+    words: Sequence[JointWord],
+    options: LearnOptions,
+    state: LearnState,
+    *,
+    latest: bool = False,
 ) -> list[Concept]:
-    """The best vectors of a joint run as a concept for each word, which says how it came to be."""
-    vectors = state.best_vectors.split([word.num_vectors for word in words])
+    """The vectors of a joint run as a concept for each word, which says how it came to be.
+
+    The best ones, or with `latest` those of the last step.
+    """
+    chosen = state.vectors if latest else state.best_vectors
+    vectors = chosen.split([word.num_vectors for word in words])
     names = [word.placeholder_token for word in words]
     return [
         as_concept(
@@ -105,6 +117,45 @@ def joint_concepts(
         )
         for word, own in zip(words, vectors, strict=True)
     ]
+
+
+def joint_identity(
+    model: DiffusionModel,
+    words: Sequence[JointWord],
+    together: TrainingImages,
+    options: LearnOptions,
+    sentences: Sequence[str],
+) -> RunIdentity:
+    """What must be the same for a joint run to go on: that of each word, and the sentences."""
+    fingerprint = model_fingerprint(model)
+    parts = [
+        RunIdentity.of(
+            model,
+            images,
+            options,
+            placeholder_token=name,
+            fingerprint=fingerprint,
+        )
+        for name, images in (
+            *((word.placeholder_token, word.images) for word in words),
+            ("", together),
+        )
+    ]
+    told = {
+        f"word {place}": [word.placeholder_token, word.num_vectors, word.initializer_token,
+                          word.learnable_property]
+        for place, word in enumerate(words)
+    }  # fmt: skip
+    return RunIdentity(
+        options={**parts[0].options, **told, "sentences": list(sentences)},
+        placeholder_token=", ".join(word.placeholder_token for word in words),
+        # An image that has moved from one word to another is noticed, too.
+        images=tuple(f"{place} {one}" for place, part in enumerate(parts) for one in part.images),
+        masks=" ".join(part.masks for part in parts),
+        captions=" ".join(part.captions for part in parts),
+        model=fingerprint,
+        towers=(),
+    )
 
 
 def sentences_for(count: int) -> tuple[str, ...]:
@@ -221,6 +272,11 @@ def _check_options(options: LearnOptions) -> None:
             raise LearningError(
                 f"{name}={getattr(options, name)!r} belongs to a word; give it with each JointWord"
             )
+    check_for_all(options)
+
+
+def check_for_all(options: LearnOptions) -> None:
+    """Raise `LearningError` for options that have no meaning for several words at once."""
     for name in _ALONE:
         if getattr(options, name):
             raise LearningError(f"{name} is for one word alone; leave it out of a joint run")

@@ -175,8 +175,7 @@ def _word(
         print(f"{token}: {printable(task.images)}")
     images = read_images(task.images, size=size, placeholder_token=token)
     report_images(images, size)
-    captions = images.captions or ((),) * len(images.names)
-    check_captions(arguments.presets, dict(zip(images.names, map(bool, captions), strict=True)))
+    check_captions(arguments.presets, images.captioned)
     identity = RunIdentity.of(
         model, images, options, placeholder_token=token, towers=towers, fingerprint=fingerprint
     )

@@ -109,7 +109,7 @@ class LearnWord:
         token = self.task.placeholder_token
         concept = as_concept(self.model, state.word_vectors, placeholder_token=token)
         prompts = [f"a photo of {token}"] * 4
-        drawn = sample_images(self.model, concept, prompts, size=image_size(self.model))
+        drawn = sample_images(self.model, [concept], prompts, size=image_size(self.model))
         png = png_bytes(side_by_side(drawn))
         path = self.task.preview(state.step)
         self.writes.attempt(f"previews in {path.parent}", partial(write_atomically, path, png))

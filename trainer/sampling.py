@@ -26,7 +26,7 @@ def image_size(model: DiffusionModel) -> int:
 @torch.no_grad()
 def sample_images(
     model: DiffusionModel,
-    concept: Concept,
+    concepts: Sequence[Concept],
     prompts: Sequence[str],
     *,
     size: int,
@@ -35,7 +35,7 @@ def sample_images(
     guidance_scale: float = 4.0,
 ) -> list[Image.Image]:
     """One image of `size` pixels for each prompt, each from its own noise."""
-    prompt_embeds, pooled = _encode(model, concept, [""] * len(prompts) + list(prompts))
+    prompt_embeds, pooled = _encode(model, concepts, [""] * len(prompts) + list(prompts))
     if model.zero_empty_negative:
         prompt_embeds[: len(prompts)], pooled[: len(prompts)] = 0.0, 0.0
     added_inputs = model.family.added_inputs(pooled, width=size, height=size)
@@ -57,7 +57,7 @@ def sample_images(
 
 
 def _encode(
-    model: DiffusionModel, concept: Concept, prompts: Sequence[str]
+    model: DiffusionModel, concepts: Sequence[Concept], prompts: Sequence[str]
 ) -> tuple[Float32[Tensor, "prompts tokens dim"], Float32[Tensor, "prompts pooled_dim"]]:
     readers = [
         PromptReader(
@@ -69,7 +69,7 @@ def _encode(
         )
         for index, encoder in enumerate(model.encoders)
     ]
-    inputs = [[reader.read(prompt, [concept]) for prompt in prompts] for reader in readers]
+    inputs = [[reader.read(prompt, concepts) for prompt in prompts] for reader in readers]
     return PromptEncoder.of(model)(
         [torch.cat([torch.from_numpy(one.inputs_embeds) for one in rows]) for rows in inputs],
         [torch.cat([torch.from_numpy(one.eos_index) for one in rows]) for rows in inputs],

@@ -238,7 +238,7 @@ class Run:
         token = self.record.spec.placeholder_token
         concept = as_concept(self.model, state.word_vectors, placeholder_token=token)
         size = image_size(self.model)
-        (image,) = sample_images(self.model, concept, [f"a photo of {token}"], size=size)
+        (image,) = sample_images(self.model, [concept], [f"a photo of {token}"], size=size)
         write_atomically(self.folder.preview, png_bytes(image))
         self._preview_step = state.step
 

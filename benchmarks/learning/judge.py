@@ -99,7 +99,7 @@ class Judge:
         size = image_size(self.model)
         drawn = sample_images(
             self.model,
-            word,
+            [word],
             [prompt.format(_TOKEN) for prompt in prompts],
             size=size,
             num_inference_steps=STEPS,

@@ -191,7 +191,7 @@ def _draw_nouns(
 def _draw(model: DiffusionModel, concept: Concept, prompts: list[str]) -> list[RgbImage]:
     pictures = sample_images(
         model,
-        concept,
+        [concept],
         prompts,
         size=image_size(model),
         num_inference_steps=STEPS,
