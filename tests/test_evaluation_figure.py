@@ -1,10 +1,11 @@
 """The figure by its pixels: points, front and lines stand where the numbers say."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from trainer.tradeoff import TradeOffPoint
 from trainer.tradeoff_figure import (
@@ -19,6 +20,10 @@ from trainer.tradeoff_figure import (
     TOP,
     WIDTH,
     Axis,
+    Box,
+    _draw_label,
+    _inside,
+    _overlap,
     draw_figure,
     figure_axes,
     figure_png,
@@ -114,6 +119,17 @@ def test_a_figure_without_points_and_with_strange_labels_is_drawn() -> None:
     pixels = _drawn(crowd * 5, LINES)
     image_axis, text_axis = figure_axes(crowd, LINES)
     assert _pixel(pixels, image_axis.pixel(0.5), text_axis.pixel(0.2)) == FRONT
+
+
+def test_labels_of_a_crowd_find_places_of_their_own() -> None:
+    draw = ImageDraw.Draw(Image.new("RGB", (WIDTH, HEIGHT)))
+    middle = (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2
+    taken: list[Box] = []
+    for number in range(16):
+        taken.append(_draw_label(draw, f"a long label {number}", *middle, taken))
+    pairs = itertools.combinations(taken, 2)
+    assert not any(_overlap(one, other) for one, other in pairs)
+    assert all(_inside(box) for box in taken)
 
 
 def test_labels_of_neighbours_do_not_cover_each_other_or_points() -> None:

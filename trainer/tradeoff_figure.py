@@ -27,6 +27,8 @@ _PADDING = 0.08  # of the range, on either side
 _SMALLEST_RANGE = 0.02
 _TICKS = 6
 _LABEL_CHARACTERS = 28
+_FARTHEST_LABEL = 200  # pixels from its point
+_BESIDE = 4  # the first places of a label need no line to the point
 _LEGEND = "orange: no other point is better in both; blue: one is; dashed: references"
 
 Box = tuple[float, float, float, float]
@@ -151,7 +153,10 @@ def _draw_references(
             at = round(image_axis.pixel(line.image_similarity))
             _dashed(draw, (at, TOP), (at, BOTTOM))
             # Lines may be close: each name has a height of its own.
-            draw.text((at + 4, BOTTOM - 18 - 14 * place), line.label, _PALE_INK, _font(11))
+            fits = at + 4 + draw.textlength(line.label, _font(11)) < RIGHT
+            beside, anchor = (at + 4, "la") if fits else (at - 4, "ra")
+            height = BOTTOM - 18 - 14 * place
+            draw.text((beside, height), line.label, _PALE_INK, _font(11), anchor)
         if line.label in _HORIZONTAL:
             at = round(text_axis.pixel(line.text_similarity))
             _dashed(draw, (LEFT, at), (RIGHT, at))
@@ -195,17 +200,35 @@ def _around(x: float, y: float) -> Box:
 def _draw_label(
     draw: ImageDraw.ImageDraw, label: str, x: float, y: float, taken: Sequence[Box]
 ) -> Box:
-    """Writes beside a point where nothing else stands: right, left, above, below, else right."""
+    """Writes beside a point where nothing else stands, if need be further off with a line to it."""
     text = printable(label)
     text = text if len(text) <= _LABEL_CHARACTERS else f"{text[: _LABEL_CHARACTERS - 3]}..."
-    away = MARKER_RADIUS + 4
-    choices = ((x + away, y, "lm"), (x - away, y, "rm"), (x, y - away, "mb"), (x, y + away, "mt"))
+    choices = _label_places(x, y)
     boxes = [draw.textbbox((left, top), text, _font(13), anchor) for left, top, anchor in choices]
     free = [not any(_overlap(box, other) for other in taken) and _inside(box) for box in boxes]
     chosen = free.index(True) if any(free) else 0
     left, top, anchor = choices[chosen]
+    if chosen >= _BESIDE:
+        share = (MARKER_RADIUS + 1) / math.dist((x, y), (left, top))
+        draw.line((x + share * (left - x), y + share * (top - y), left, top), REFERENCE)
     draw.text((left, top), text, _INK, _font(13), anchor)
     return boxes[chosen]
+
+
+def _label_places(x: float, y: float) -> list[tuple[float, float, str]]:
+    """Right, left, above and below a point, then the same further and further off."""
+    places: list[tuple[float, float, str]] = []
+    for away in range(MARKER_RADIUS + 4, _FARTHEST_LABEL, 16):
+        places += [
+            (x + away, y, "lm"),
+            (x - away, y, "rm"),
+            (x, y - away, "mb"),
+            (x, y + away, "mt"),
+        ]
+        if away > MARKER_RADIUS + 4:
+            corners = ((1, 1, "lt"), (1, -1, "lb"), (-1, 1, "rt"), (-1, -1, "rb"))
+            places += [(x + i * away, y + j * away, anchor) for i, j, anchor in corners]
+    return places
 
 
 def _overlap(one: Box, other: Box) -> bool:
