@@ -21,6 +21,7 @@ _COLUMNS: dict[str, Callable[[Measured], float]] = {
     "companions": lambda one: one.judgement.companions,
     "norm": lambda one: one.judgement.norm,
 }
+_COMPARED = ("loss", "similarity", "edited", "companions")
 
 
 def read_results(report: Path) -> list[Measured]:
@@ -58,7 +59,9 @@ def page(results: Sequence[Measured]) -> str:
             "of pictures on sixteen coloured backgrounds. Colours: share of these backgrounds that "
             "are there; companions: share of twelve second objects (\"<word> and a cat\") that are "
             "among the two first that the evaluator names. In brackets the standard deviation over "
-            "seeds, averaged over words.",
+            "seeds, averaged over words. Against: what it has more than the one that it is "
+            "compared with, on the same words and seeds, with the standard error over words; "
+            "twice that is a difference.",
             "",
             "## Beside diffusers' script",
             "",
@@ -75,8 +78,9 @@ def page(results: Sequence[Measured]) -> str:
 def _table(results: Sequence[Measured], names: Sequence[str], *, beside: str) -> list[str]:
     """Each setting beside another one, on the words and seeds that both have learned."""
     lines = [
-        f"| setting | runs | rows | {' | '.join(_COLUMNS)} | loss below | more similar |",
-        "|---" * (5 + len(_COLUMNS)) + "|",
+        f"| setting | runs | rows | {' | '.join(_COLUMNS)} | "
+        f"{' | '.join(f'{title}, against' for title in _COMPARED)} |",
+        "|---" * (3 + len(_COLUMNS) + len(_COMPARED)) + "|",
     ]
     for name in names:
         mine = {one.key[1:]: one for one in results if one.setting == name}
@@ -95,13 +99,26 @@ def _row(name: str, mine: Sequence[Measured], other: Sequence[Measured]) -> str:
         for title, column in _COLUMNS.items()
     ]
     pairs = list(zip(mine, other, strict=True))
-    below = sum(a.judgement.loss < b.judgement.loss for a, b in pairs)
-    nearer = sum(a.judgement.similarity > b.judgement.similarity for a, b in pairs)
+    against = [_difference(pairs, _COLUMNS[title]) for title in _COMPARED]
     rows = statistics.fmean(one.rows for one in mine)
     return (
         f"| {name} | {len(mine)} runs, {len(words)} words | {rows:.0f} | {' | '.join(cells)} | "
-        f"{below} of {len(pairs)} | {nearer} of {len(pairs)} |"
+        f"{' | '.join(against)} |"
     )
+
+
+def _difference(
+    pairs: Sequence[tuple[Measured, Measured]], column: Callable[[Measured], float]
+) -> str:
+    """The mean over words of what one has more than the other, and its standard error."""
+    by_word: dict[str, list[float]] = {}
+    for one, other in pairs:
+        by_word.setdefault(one.concept, []).append(column(one) - column(other))
+    means = [statistics.fmean(values) for values in by_word.values()]
+    if not any(means):
+        return ""  # beside itself
+    error = f" ± {statistics.stdev(means) / len(means) ** 0.5:.4f}" if len(means) > 1 else ""
+    return f"{statistics.fmean(means):+.4f}{error}"
 
 
 def _spread(results: Sequence[Measured], column: Callable[[Measured], float]) -> str:
