@@ -12,9 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
-
-import numpy as np
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from engine.errors import (
     Cancelled,
@@ -25,7 +23,7 @@ from engine.errors import (
     QueueFull,
     ShuttingDown,
 )
-from engine.pipeline import GenerationPlan, ImageInFlight
+from engine.planner import GenerationPlan
 from engine.requests import RgbImage
 
 logger = logging.getLogger(__name__)
@@ -80,15 +78,40 @@ Event = StepDone | ImageDone | Finished | Failed
 
 
 @runtime_checkable
-class Model(Protocol):
+class InFlight(Protocol):
+    """What the batcher may know of an image in flight, wherever its latents are."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def steps_done(self) -> int: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def is_done(self) -> bool: ...
+    @property
+    def shape_key(self) -> tuple[int, ...]: ...
+
+
+ImageT = TypeVar("ImageT")
+
+
+@runtime_checkable
+class Model(Protocol[ImageT]):
     """What the batcher needs of a pipeline: all of it runs on the worker thread."""
 
-    def begin(self, plan: GenerationPlan) -> list[ImageInFlight]: ...
-    def step(self, images: Sequence[ImageInFlight]) -> None: ...
-    def decode(self, images: Sequence[ImageInFlight]) -> list[RgbImage]: ...
-    def preview(self, image: ImageInFlight) -> RgbImage | None: ...
+    def begin(self, plan: GenerationPlan) -> list[ImageT]: ...
+    def step(self, images: Sequence[ImageT]) -> None: ...
+    def decode(self, images: Sequence[ImageT]) -> list[RgbImage | NumericalError]: ...
+    def preview(self, image: ImageT) -> RgbImage | None: ...
 
-    def row_cost(self, image: ImageInFlight) -> float:
+    def release(self, images: Sequence[ImageT]) -> None:
+        """Let go of images that leave before they are decoded."""
+        ...
+
+    def row_cost(self, image: ImageT) -> float:
         """Memory of one of its rows in a call, relative to the model's own size; at least 1."""
         ...
 
@@ -118,7 +141,7 @@ class Job:
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     closed: bool = False
-    waiting: deque[tuple[int, ImageInFlight]] | None = None  # None until begun
+    waiting: deque[tuple[int, InFlight]] | None = None  # None until begun
     images_left: int = 0
     begun: float = 0.0
     decode_s: float = 0.0
@@ -175,13 +198,13 @@ class _Slot:
 
     job: Job
     index: int
-    image: ImageInFlight
+    image: InFlight
 
 
 class Batcher:
     """The queue, the images in flight and the worker thread that advances them."""
 
-    def __init__(self, model: Model, config: BatcherConfig | None = None) -> None:
+    def __init__(self, model: Model[Any], config: BatcherConfig | None = None) -> None:
         self.config = config or BatcherConfig()
         self._model = model
         self._queue: deque[Job] = deque()
@@ -331,7 +354,7 @@ class Batcher:
             used = 0.0
             groups.append([])
             for slot in shape_group:
-                cost = len(slot.image.weights) * self._model.row_cost(slot.image)
+                cost = slot.image.rows * self._model.row_cost(slot.image)
                 if groups[-1] and used + cost > self.config.max_batch_rows:
                     groups.append([])
                     used = 0.0
@@ -350,7 +373,7 @@ class Batcher:
 
     def _step_group(self, group: list[_Slot]) -> None:
         self._model.step([slot.image for slot in group])
-        rows = sum(len(slot.image.weights) for slot in group)
+        rows = sum(slot.image.rows for slot in group)
         for job in {id(slot.job): slot.job for slot in group}.values():
             job.denoiser_calls += 1
             job.batch_rows += rows
@@ -359,7 +382,7 @@ class Batcher:
                 StepDone(
                     image_index=slot.index,
                     step=slot.image.steps_done,
-                    num_steps=len(slot.image.trajectory.rows),
+                    num_steps=slot.image.num_steps,
                     preview=self._preview(slot),
                 )
             )
@@ -370,25 +393,15 @@ class Batcher:
         return self._model.preview(slot.image) if due else None
 
     def _decode_group(self, group: list[_Slot]) -> None:
-        sound: list[_Slot] = []
-        for slot in group:
-            if np.isfinite(slot.image.latents).all():
-                sound.append(slot)
-            else:
-                slot.job.fail(
-                    NumericalError(
-                        "the model produced NaN or infinite values; use a bundle built with "
-                        "--precision fp32, a lower guidance_scale, or another concept"
-                    )
-                )
-        if not sound:
-            return
         started = time.monotonic()
-        pictures = self._model.decode([slot.image for slot in sound])
-        for job in {id(slot.job): slot.job for slot in sound}.values():
+        pictures = self._model.decode([slot.image for slot in group])
+        for job in {id(slot.job): slot.job for slot in group}.values():
             job.decode_s += time.monotonic() - started
-        for slot, picture in zip(sound, pictures, strict=True):
+        for slot, picture in zip(group, pictures, strict=True):
             job = slot.job
+            if isinstance(picture, NumericalError):
+                job.fail(picture)
+                continue
             job.emit(ImageDone(image_index=slot.index, seed=slot.image.seed, image=picture))
             job.images_left -= 1
             if job.images_left == 0:

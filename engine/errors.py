@@ -14,8 +14,10 @@
     |-- DeadlineExceeded        the caller's deadline has passed
     |-- Cancelled               the caller went away
     |-- ShuttingDown            the server is draining
+    |-- WorkerDied              the model's process ended under a call; it is started again
     |-- NumericalError          the model produced NaN or infinite values
     |-- BundleError             the bundle on disk is missing, broken, or of another version
+    |-- DeploymentFailed        a new bundle could not take over; the old one goes on serving
     |-- StoreError              what is stored cannot be read or written now
     |   |-- StorageFull         no room on the disk
     |   `-- ConceptDamaged      a stored concept is not what was stored
@@ -111,12 +113,20 @@ class ShuttingDown(EngineError):
     """The server is draining and takes no new work."""
 
 
+class WorkerDied(EngineError):
+    """The process that has the model ended, or was ended because it hung; another is started."""
+
+
 class NumericalError(EngineError):
     """The model's output is not finite: a half-precision overflow, or a broken concept."""
 
 
 class BundleError(EngineError):
     """The bundle cannot be opened; the message names both sides of the mismatch."""
+
+
+class DeploymentFailed(EngineError):
+    """A new bundle could not take over from the one in service, which goes on serving."""
 
 
 class StoreError(EngineError):

@@ -1,10 +1,10 @@
 """From a request to images in flight, one denoiser call at a time.
 
-`plan` is host work (checks, tokens, coefficients) and may run on any thread; everything else calls
-the model and belongs to the one thread that owns the device (engine/batcher.py).
+`plan` is host work (engine/planner.py) and may run on any thread; everything else calls the model
+and belongs to the one thread that owns the device (engine/batcher.py), or to a process of its own
+(engine/model_worker.py).
 """
 
-import dataclasses
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,38 +15,18 @@ import numpy as np
 from jaxtyping import Float32
 
 from engine.bundle import Bundle
-from engine.concepts import Concept, check_fits
+from engine.errors import NumericalError
 from engine.families import Conditioning, added_input_names, fill_added_inputs
-from engine.images import resize, to_float, to_uint8
+from engine.images import to_float, to_uint8
 from engine.noise import TorchGenerator
-from engine.prompts import EncoderInput, PromptReader, PromptReport, apply_weights
-from engine.requests import MAX_SEED, GenerationRequest, Limits, RgbImage, check_request
+from engine.planner import DenoisingTask, GenerationPlan, Planner, TextRows
+from engine.prompts import apply_weights
+from engine.requests import Limits, RgbImage
 from engine.samplers import Latents, StepCoefficients, Trajectory, predict_clean, step
 from engine.sessions import Session
 
 PROMPT_CACHE_BYTES = 64 << 20
 PromptEmbeds = Float32[np.ndarray, "tokens dim"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationPlan:
-    """A checked request: all that can be known before the model is called."""
-
-    request: GenerationRequest
-    width: int  # pixels
-    height: int
-    trajectory: Trajectory
-    texts: tuple[tuple[EncoderInput, ...], ...]  # by text encoder; one per row of the denoiser
-    weights: tuple[float, ...]  # guidance: one per row, summing to 1
-    prompt_report: PromptReport
-    negative_report: PromptReport | None  # None where guidance is off
-    zero_negative: bool = False  # the first row's text is zeros
-
-    @property
-    def matched(self) -> tuple[Concept, ...]:
-        """The concepts that the prompts use, each once."""
-        reports = [r for r in (self.prompt_report, self.negative_report) if r]
-        return tuple({c.placeholder_token: c for r in reports for c in r.matched}.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -65,8 +45,18 @@ class ImageInFlight:
     added_inputs: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])  # [rows, _]
 
     @property
+    def rows(self) -> int:
+        """Rows of the denoiser's batch that it takes."""
+        return len(self.weights)
+
+    @property
+    def num_steps(self) -> int:
+        """Denoiser calls from beginning to end."""
+        return len(self.trajectory.rows)
+
+    @property
     def is_done(self) -> bool:
-        return self.steps_done == len(self.trajectory.rows)
+        return self.steps_done == self.num_steps
 
     @property
     def row(self) -> StepCoefficients:
@@ -102,7 +92,7 @@ class TextEncoder:
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
 
-    def encode(self, texts: Sequence[EncoderInput]) -> list[EncodedPrompt]:
+    def encode(self, texts: Sequence[TextRows]) -> list[EncodedPrompt]:
         """Encode prompts in one call."""
         keys = [_cache_key(text) for text in texts]
         found = {key: self._cache[key] for key in keys if key in self._cache}
@@ -113,7 +103,7 @@ class TextEncoder:
             self._remember(key, found[key])
         return [found[key] for key in keys]
 
-    def _run(self, texts: Sequence[EncoderInput]) -> list[EncodedPrompt]:
+    def _run(self, texts: Sequence[TextRows]) -> list[EncodedPrompt]:
         outputs = self._session.run(
             {
                 "inputs_embeds": np.concatenate([text.inputs_embeds for text in texts]),
@@ -142,23 +132,22 @@ class TextEncoder:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
 
 
-def _cache_key(text: EncoderInput) -> bytes:
+def _cache_key(text: TextRows) -> bytes:
     digest = hashlib.sha256(text.inputs_embeds.tobytes())
     digest.update(text.eos_index.tobytes())
     digest.update(text.weights.tobytes())
     return digest.digest()
 
 
-class Pipeline:
-    """A loaded model: text encoders, denoiser and autoencoder behind the words of the sampler."""
+class ImageModel:
+    """The half of a model that owns the graphs: text encoders, denoiser and autoencoder.
 
-    def __init__(self, bundle: Bundle, sessions: dict[str, Session], *, limits: Limits) -> None:
-        self.bundle = bundle
-        self.limits = limits.for_model(bundle.manifest)
-        self._readers = tuple(
-            PromptReader(one.tokenizer, one.token_embedding, one.text, encoder=index)
-            for index, one in enumerate(bundle.vocabularies)
-        )
+    It meets numbers only (`DenoisingTask`); prompts, tokenizers and tables are the planner's.
+    """
+
+    def __init__(self, bundle: Bundle, sessions: dict[str, Session]) -> None:
+        self._latent_spec = bundle.manifest.latents
+        self._latent_rgb = bundle.latent_rgb
         self._added_inputs = added_input_names(bundle.manifest)
         self._text_encoders = tuple(
             TextEncoder(sessions[one.component], pools=bool(self._added_inputs))
@@ -168,116 +157,64 @@ class Pipeline:
         self._vae_decoder = sessions["vae_decoder"]
         self._vae_encoder = sessions["vae_encoder"]
 
-    @property
-    def reader(self) -> PromptReader:
-        """The reader of the first text encoder, whose reports are told."""
-        return self._readers[0]
-
-    @classmethod
-    def open(
-        cls,
-        bundle_path: Path,
-        *,
-        execution_provider: str = "CPUExecutionProvider",
-        limits: Limits | None = None,
-    ) -> "Pipeline":
-        """Verify a bundle and load its graphs, once and for all concepts."""
-        bundle = Bundle.open(bundle_path)
-        sessions: dict[str, Session] = {
-            name: bundle.open_session(name, execution_provider=execution_provider)
-            for name in bundle.manifest.components
-        }
-        return cls(bundle, sessions, limits=limits or Limits())
-
-    def plan(self, request: GenerationRequest) -> GenerationPlan:
-        """Check a request and do all host work; raises what the caller can mend."""
-        manifest, tables = self.bundle.manifest, self.bundle.sampler_tables
-        width, height, trajectory = check_request(
-            request, manifest=manifest, samplers=tables, limits=self.limits
-        )
-        for concept in request.concepts:
-            check_fits(
-                concept,
-                manifest.text,
-                text_2=manifest.text_2,
-                model_name=manifest.model_name,
-            )
-        texts = [_read(reader, request) for reader in self._readers]
-        num_chunks = max(text.report.num_chunks for rows in texts for text in rows)
-        *negative, prompt = texts[0]
-        return GenerationPlan(
-            request=_fitted(request, width, height),
-            width=width,
-            height=height,
-            trajectory=trajectory,
-            texts=tuple(
-                tuple(reader.pad(text, num_chunks) for text in rows)
-                for reader, rows in zip(self._readers, texts, strict=True)
-            ),
-            weights=(1.0 - request.guidance_scale, request.guidance_scale) if negative else (1.0,),
-            prompt_report=prompt.report,
-            negative_report=negative[0].report if negative else None,
-            zero_negative=bool(
-                negative and manifest.zero_empty_negative and not request.negative_prompt
-            ),
-        )
-
     def begin(self, plan: GenerationPlan) -> list[ImageInFlight]:
         """Encode the prompts and draw the first latents of every image of a request."""
-        request = plan.request
-        prompt_embeds, pooled = self._encode(plan)
-        conditioning = Conditioning(pooled=pooled, width=plan.width, height=plan.height)
+        return self.begin_task(plan.task)
+
+    def begin_task(self, task: DenoisingTask) -> list[ImageInFlight]:
+        """`begin`, for a request that was planned elsewhere."""
+        prompt_embeds, pooled = self._encode(task)
+        conditioning = Conditioning(pooled=pooled, width=task.width, height=task.height)
         added_inputs = fill_added_inputs(self._added_inputs, conditioning)
         posterior = None
-        if request.init_image is not None:
-            posterior = self._encode_image(to_float(request.init_image))
+        if task.init_image is not None:
+            posterior = self._encode_image(to_float(task.init_image))
         images: list[ImageInFlight] = []
-        for index in range(request.num_images):
-            seed = (request.seed + index) % (MAX_SEED + 1)
+        for seed in task.seeds:
             generator = TorchGenerator(seed)
             images.append(
                 ImageInFlight(
                     seed=seed,
-                    trajectory=plan.trajectory,
+                    trajectory=task.trajectory,
                     prompt_embeds=prompt_embeds,
-                    weights=np.array(plan.weights, np.float32),
+                    weights=np.array(task.weights, np.float32),
                     generator=generator,
-                    latents=self._first_latents(plan, generator, posterior),
+                    latents=self._first_latents(task, generator, posterior),
                     added_inputs=added_inputs,
                 )
             )
         return images
 
     def _encode(
-        self, plan: GenerationPlan
+        self, task: DenoisingTask
     ) -> tuple[Float32[np.ndarray, "rows tokens dim"], Float32[np.ndarray, "rows pooled_dim"]]:
         """The encoders' outputs side by side, and what the last of them pools."""
         encoded = [
             encoder.encode(texts)
-            for encoder, texts in zip(self._text_encoders, plan.texts, strict=True)
+            for encoder, texts in zip(self._text_encoders, task.texts, strict=True)
         ]
         prompt_embeds = np.concatenate(
             [np.stack([row.prompt_embeds for row in rows]) for rows in encoded], axis=-1
         )
         pooled = np.stack([row.pooled for row in encoded[-1]])
-        if plan.zero_negative:
+        if task.zero_negative:
             prompt_embeds[0], pooled[0] = 0.0, 0.0
         return prompt_embeds, pooled
 
     def _first_latents(
         self,
-        plan: GenerationPlan,
+        task: DenoisingTask,
         generator: TorchGenerator,
         posterior: tuple[Latents, Latents] | None,
     ) -> Latents:
         """Draws in the order of diffusers' pipelines: the posterior's sample first, then noise."""
-        spec = self.bundle.manifest.latents
-        shape = (spec.channels, plan.height // spec.scale_factor, plan.width // spec.scale_factor)
+        spec = self._latent_spec
+        shape = (spec.channels, task.height // spec.scale_factor, task.width // spec.scale_factor)
         if posterior is None:
-            return generator.randn(shape) * plan.trajectory.init_sigma
+            return generator.randn(shape) * task.trajectory.init_sigma
         mean, std = posterior
         clean = mean + std * generator.randn(shape)
-        first = plan.trajectory.rows[0]
+        first = task.trajectory.rows[0]
         return first.k0 * clean + first.k1 * generator.randn(shape)
 
     def _encode_image(
@@ -309,40 +246,82 @@ class Pipeline:
         for image, prediction in zip(images, predictions, strict=True):
             _advance(image, np.tensordot(image.weights, prediction, axes=1))
 
-    def decode(self, images: Sequence[ImageInFlight]) -> list[RgbImage]:
-        """Decode finished images of one size."""
-        outputs = self._vae_decoder.run({"latents": np.stack([image.latents for image in images])})
-        return to_uint8(outputs["images"].astype(np.float32))
+    def decode(self, images: Sequence[ImageInFlight]) -> list[RgbImage | NumericalError]:
+        """Decode finished images of one size; what is not finite is an error for that image alone.
+
+        Its batch mates are decoded without it.
+        """
+        finite = [bool(np.isfinite(image.latents).all()) for image in images]
+        sound = [image.latents for image, ok in zip(images, finite, strict=True) if ok]
+        pictures = iter(self._decode_latents(np.stack(sound)) if sound else ())
+        return [next(pictures) if ok else _not_finite() for ok in finite]
+
+    def _decode_latents(
+        self, latents: Float32[np.ndarray, "batch channels latent_height latent_width"]
+    ) -> list[RgbImage | NumericalError]:
+        pixels = self._vae_decoder.run({"latents": latents})["images"].astype(np.float32)
+        finite = [bool(np.isfinite(one).all()) for one in pixels]
+        pictures = to_uint8(np.nan_to_num(pixels))
+        return [p if ok else _not_finite() for p, ok in zip(pictures, finite, strict=True)]
+
+    def release(self, images: Sequence[ImageInFlight]) -> None:
+        """Images that leave early hold nothing but their own memory: nothing to do."""
 
     def row_cost(self, image: ImageInFlight) -> float:
         """Memory of one row relative to the model's own size: attention grows with area squared."""
-        spec = self.bundle.manifest.latents
-        area = image.latents[0].size * spec.scale_factor**2
-        return max(1.0, (area / spec.default_size**2) ** 2)
+        area = image.latents[0].size * self._latent_spec.scale_factor**2
+        return max(1.0, (area / self._latent_spec.default_size**2) ** 2)
 
     def preview(self, image: ImageInFlight) -> RgbImage | None:
         """The clean image that the model expects, one pixel per latent, by a linear map."""
         if image.clean_prediction is None:
             return None
-        weight, bias = self.bundle.latent_rgb[:-1], self.bundle.latent_rgb[-1]
+        weight, bias = self._latent_rgb[:-1], self._latent_rgb[-1]
         rgb = np.tensordot(weight, image.clean_prediction, axes=(0, 0)) + bias[:, None, None]
         return to_uint8(rgb[None])[0]
 
 
-def _read(reader: PromptReader, request: GenerationRequest) -> tuple[EncoderInput, ...]:
-    """The prompts of a request as one text encoder reads them; the negative one first, if any."""
-    prompt = reader.read(request.prompt, request.concepts)
-    if request.guidance_scale == 1.0:
-        return (prompt,)
-    negative = reader.read(request.negative_prompt, request.concepts, field="negative_prompt")
-    return (negative, prompt)
+class Pipeline(Planner, ImageModel):
+    """A loaded model with both of its halves in this process."""
+
+    def __init__(self, bundle: Bundle, sessions: dict[str, Session], *, limits: Limits) -> None:
+        Planner.__init__(self, bundle, limits=limits)
+        ImageModel.__init__(self, bundle, sessions)
+
+    @classmethod
+    def open(
+        cls,
+        bundle_path: Path,
+        *,
+        execution_provider: str = "CPUExecutionProvider",
+        limits: Limits | None = None,
+    ) -> "Pipeline":
+        """Verify a bundle and load its graphs, once and for all concepts."""
+        bundle = Bundle.open(bundle_path)
+        return cls(bundle, open_sessions(bundle, execution_provider), limits=limits or Limits())
 
 
-def _fitted(request: GenerationRequest, width: int, height: int) -> GenerationRequest:
-    """The request with its initial image at the size of use, for a plan may wait long."""
-    if request.init_image is None:
-        return request
-    return dataclasses.replace(request, init_image=resize(request.init_image, width, height))
+def open_sessions(bundle: Bundle, execution_provider: str) -> dict[str, Session]:
+    """Load every graph of a bundle."""
+    return {
+        name: bundle.open_session(name, execution_provider=execution_provider)
+        for name in bundle.manifest.components
+    }
+
+
+def sound(results: Sequence[RgbImage | NumericalError]) -> list[RgbImage]:
+    """The pictures of `decode`; raises the first that is an error."""
+    for result in results:
+        if isinstance(result, NumericalError):
+            raise result
+    return [result for result in results if not isinstance(result, NumericalError)]
+
+
+def _not_finite() -> NumericalError:
+    return NumericalError(
+        "the model produced NaN or infinite values; use a bundle built with --precision fp32, a "
+        "lower guidance_scale, or another concept"
+    )
 
 
 def _advance(image: ImageInFlight, noise_pred: Latents) -> None:

@@ -1,24 +1,30 @@
-"""The server: a pipeline, a batcher and a concept store behind gRPC, from start to drained stop."""
+"""The server: a model, a batcher and a concept store behind gRPC, from start to drained stop."""
 
 import asyncio
 import ipaddress
 import logging
 import signal
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from engine.batcher import Batcher, BatcherConfig
+from engine.batcher import Batcher, BatcherConfig, Model
+from engine.bundle import Manifest, read_manifest
 from engine.concept_service import ConceptService
+from engine.deployment import Deployment, OpenModel, close_model
 from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DeploymentFailed, EngineError
 from engine.pipeline import Pipeline
+from engine.planner import Planner
+from engine.remote_model import open_remote
 from engine.requests import Limits
 from engine.service import ImageGenerationService, Runtime, ServerInfoService
 from engine.store import ConceptStore
@@ -28,6 +34,7 @@ from engine.training_model import TrainableModel
 from engine.training_service import TrainingService, publish
 from engine.training_store import TrainingStore
 from engine.training_supervisor import Supervisor
+from engine.worker_supervisor import WorkerConfig
 from protos.oneword.v1 import (
     concepts_pb2,
     concepts_pb2_grpc,
@@ -40,8 +47,9 @@ from protos.oneword.v1 import (
 )
 
 TRAINING_SERVICE = training_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name
+GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["ImageGenerationService"].full_name
 SERVICES = (
-    generation_pb2.DESCRIPTOR.services_by_name["ImageGenerationService"].full_name,
+    GENERATION_SERVICE,
     concepts_pb2.DESCRIPTOR.services_by_name["ConceptService"].full_name,
     server_info_pb2.DESCRIPTOR.services_by_name["ServerInfoService"].full_name,
     TRAINING_SERVICE,
@@ -52,6 +60,7 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +72,8 @@ class ServerConfig:
     insecure: bool = False  # listen beyond this machine, without TLS or authentication
     concept_dir: Path | None = None  # None: concepts are forgotten when the server stops
     execution_provider: str = "CPUExecutionProvider"
+    model_process: bool = True  # the graphs in a process of their own, which may die and come back
+    worker: WorkerConfig = field(default_factory=WorkerConfig)  # of that process
     batcher: BatcherConfig = field(default_factory=BatcherConfig)
     limits: Limits = field(default_factory=Limits)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -123,15 +134,27 @@ def _is_loopback(host: str) -> bool:
 
 
 class Server:
-    """A pipeline behind a port. Owns the batcher and the store: `stop` closes both."""
+    """A model behind a port. Owns it, the batcher and the store: `stop` closes all."""
 
-    def __init__(self, pipeline: Pipeline, store: ConceptStore, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        store: ConceptStore,
+        config: ServerConfig,
+        *,
+        model: Model[Any] | None = None,
+    ) -> None:
+        """`model` draws what `planner` plans; a pipeline does both."""
+        if model is None:
+            assert isinstance(planner, Pipeline)
+            model = planner
         self._config = config
         self._pool = ThreadPoolExecutor(config.host_threads, thread_name_prefix="host")
-        self.batcher = Batcher(pipeline, config.batcher)
+        self.deployment = Deployment(
+            planner, model, config.batcher, open_model=model_opener(config)
+        )
         self._runtime = Runtime(
-            pipeline=pipeline,
-            batcher=self.batcher,
+            deployment=self.deployment,
             store=store,
             pool=self._pool,
             stall_timeout_s=config.stall_timeout_s,
@@ -140,7 +163,13 @@ class Server:
         self.training = _training_service(self._runtime, config)
         # The type stub lacks the asyncio half of the module.
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._health_changes: set[asyncio.Task[None]] = set()
         self._server = self._make_server()
+
+    @property
+    def batcher(self) -> Batcher:
+        """Of the bundle in service."""
+        return self._runtime.batcher
 
     async def start(self) -> str:
         """Listen and serve; returns the address with the port that was bound."""
@@ -155,6 +184,7 @@ class Server:
         for name in ("", *SERVICES):
             serves = learns or name != TRAINING_SERVICE
             await self._health.set(name, _SERVING if serves else _NOT_SERVING)
+        self._watch_model()
         await self._server.start()
         if self._config.listen.startswith("unix:"):
             return self._config.listen
@@ -162,12 +192,45 @@ class Server:
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Say NOT_SERVING, let requests under way finish within `grace_s`, fail the rest."""
+        self.deployment.watch(None)
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(self.generation.drain(grace_s), self.training.stop())
-        await asyncio.to_thread(self.batcher.close)
+        await asyncio.to_thread(self.deployment.close)
         await self._server.stop(_FLUSH_S)
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
         self._runtime.store.close()
+
+    async def deploy(self, bundle: Path) -> None:
+        """Put another bundle in service while requests run (engine/deployment.py).
+
+        Raises `DeploymentFailed`, also for a bundle that has no use for the words learned here.
+        """
+        training, manifest = self._config.training, self._runtime.pipeline.bundle.manifest
+        if training.training_model is not None:
+            new = (await asyncio.to_thread(_read_manifest, bundle)).text.embedding_fingerprint
+            if new != manifest.text.embedding_fingerprint:
+                raise DeploymentFailed(
+                    f"this server learns words for {manifest.model_name}, with token embeddings "
+                    f"{manifest.text.embedding_fingerprint[:12]}..., the new bundle has "
+                    f"{new[:12]}...; start another server for it"
+                )
+        await _in_daemon_thread(self.deployment.deploy, bundle)
+
+    def _watch_model(self) -> None:
+        """Let health follow the model's process: a dead one is NOT_SERVING until it is back."""
+        loop = asyncio.get_running_loop()
+
+        def on_state(serving: bool, _reason: str) -> None:
+            loop.call_soon_threadsafe(self._set_model_health, serving)
+
+        self.deployment.watch(on_state)
+
+    def _set_model_health(self, serving: bool) -> None:
+        for name in ("", GENERATION_SERVICE):
+            change = self._health.set(name, _SERVING if serving else _NOT_SERVING)
+            task = asyncio.ensure_future(change)
+            self._health_changes.add(task)
+            task.add_done_callback(self._health_changes.discard)
 
     def _make_server(self) -> grpc.aio.Server:
         limit = self._config.max_message_bytes
@@ -222,24 +285,61 @@ async def serve(
 
     `on_ready` is told the address once the server listens.
     """
-    pipeline = await asyncio.to_thread(
-        Pipeline.open,
-        config.bundle,
-        execution_provider=config.execution_provider,
-        limits=config.limits,
-    )
-    store = await asyncio.to_thread(_open_store, config.concept_dir)
-    server = Server(pipeline, store, config)
+    planner, model = await _in_daemon_thread(model_opener(config), config.bundle)
+    try:
+        store = await asyncio.to_thread(_open_store, config.concept_dir)
+        server = Server(planner, store, config, model=model)
+    except BaseException:
+        close_model(model)
+        raise
     told_to_stop = asyncio.Event()
     try:
         address = await server.start()
         _on_signals(told_to_stop.set)
-        logger.info("serving %s on %s", pipeline.bundle.manifest.model_name, address)
+        logger.info("serving %s on %s", planner.bundle.manifest.model_name, address)
         on_ready(address)
         await told_to_stop.wait()
         logger.info("stopping; requests under way have %g s", config.grace_s)
     finally:
         await server.stop(config.grace_s)
+
+
+def model_opener(config: ServerConfig) -> OpenModel:
+    """How bundles are opened: the first one, and those that are deployed later."""
+    settings: dict[str, Any] = {
+        "execution_provider": config.execution_provider,
+        "limits": config.limits,
+    }
+    if config.model_process:
+        return partial(open_remote, config=config.worker, **settings)
+    return partial(_open_here, **settings)
+
+
+async def _in_daemon_thread(function: Callable[[Path], T], bundle: Path) -> T:
+    """Unlike one of a pool's, this thread does not hold up a process that is told to end."""
+    result: Future[T] = Future()
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(function(bundle))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="opening a bundle", daemon=True).start()
+    return await asyncio.wrap_future(result)
+
+
+def _open_here(bundle: Path, **settings: Any) -> tuple[Planner, Model[Any]]:
+    pipeline = Pipeline.open(bundle, **settings)
+    return pipeline, pipeline
+
+
+def _read_manifest(bundle: Path) -> Manifest:
+    try:
+        return read_manifest(bundle)
+    except EngineError as error:
+        raise DeploymentFailed(str(error)) from error
 
 
 def _open_store(concept_dir: Path | None) -> ConceptStore:

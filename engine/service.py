@@ -20,8 +20,9 @@ from google.protobuf.message import Message
 
 from engine import wire
 from engine.batcher import Batcher, Failed, Finished, ImageDone, StepDone
+from engine.deployment import Deployment, Served
 from engine.errors import Cancelled, ShuttingDown
-from engine.pipeline import Pipeline
+from engine.planner import Planner
 from engine.prompt_syntax import MAX_PROMPT_CHARACTERS
 from engine.samplers import MAX_INFERENCE_STEPS
 from engine.status import is_internal, status_of
@@ -50,11 +51,20 @@ T = TypeVar("T")
 class Runtime:
     """What the servicers share."""
 
-    pipeline: Pipeline
-    batcher: Batcher
+    deployment: Deployment
     store: ConceptStore
     pool: Executor  # for host work
     stall_timeout_s: float = 60.0  # a caller that reads nothing for so long is dropped
+
+    @property
+    def pipeline(self) -> Planner:
+        """The planning half of the model in service; to plan a request for it, take a lease."""
+        return self.deployment.current.planner
+
+    @property
+    def batcher(self) -> Batcher:
+        """Of the model in service; to submit a request to it, take a lease."""
+        return self.deployment.current.batcher
 
     async def in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
@@ -104,8 +114,8 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> None:
         async with guarded(context) as request_id:
-            with self._counted():
-                await self._generate(request, context, request_id)
+            with self._counted(), self._runtime.deployment.lease() as served:
+                await self._generate(request, context, request_id, served)
 
     async def drain(self, grace_s: float) -> None:
         """Take no new requests and wait for those under way, at most `grace_s`."""
@@ -135,12 +145,16 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
                 self._idle.set()
 
     async def _generate(
-        self, request: generation_pb2.GenerateRequest, context: Context, request_id: str
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: Context,
+        request_id: str,
+        served: Served,
     ) -> None:
         deadline = _deadline(context)
-        replies = await self._runtime.in_pool(self._prepare, request)
+        replies = await self._runtime.in_pool(self._prepare, request, served.planner)
         events = EventStream(asyncio.get_running_loop())
-        job = self._runtime.batcher.submit(replies.plan, events.put, deadline=deadline)
+        job = served.batcher.submit(replies.plan, events.put, deadline=deadline)
         try:
             accepted = replies.accepted(request_id, job.queue_position)
             await write_in_time(context, accepted, self._runtime.stall_timeout_s)
@@ -148,15 +162,14 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
         finally:
             job.cancel()
 
-    def _prepare(self, request: generation_pb2.GenerateRequest) -> wire.Replies:
-        pipeline = self._runtime.pipeline
+    def _prepare(self, request: generation_pb2.GenerateRequest, planner: Planner) -> wire.Replies:
         image_format = wire.image_format_from_proto(request.image_format)
         domain_request = wire.request_from_proto(
-            request, store=self._runtime.store, limits=pipeline.limits
+            request, store=self._runtime.store, limits=planner.limits
         )
         return wire.Replies(
-            plan=pipeline.plan(domain_request),
-            model_name=pipeline.bundle.manifest.model_name,
+            plan=planner.plan(domain_request),
+            model_name=planner.bundle.manifest.model_name,
             image_format=image_format,
         )
 

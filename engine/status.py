@@ -41,6 +41,8 @@ STATUS: dict[type[EngineError], StatusCode] = {
     errors.DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
     errors.Cancelled: StatusCode.CANCELLED,
     errors.ShuttingDown: StatusCode.UNAVAILABLE,
+    errors.WorkerDied: StatusCode.UNAVAILABLE,
+    errors.DeploymentFailed: StatusCode.FAILED_PRECONDITION,
     errors.NumericalError: StatusCode.FAILED_PRECONDITION,
     errors.StoreError: StatusCode.UNAVAILABLE,
     errors.StorageFull: StatusCode.RESOURCE_EXHAUSTED,

@@ -8,12 +8,12 @@ server is gone, however that came, the pipe ends, and the process saves and ends
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from engine.child_process import child_environment
 from engine.training_folder import TrainingFolder
 from engine.training_reports import MAX_LINE_BYTES, Report, from_line
 
@@ -46,7 +46,7 @@ class TrainingChild:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 limit=MAX_LINE_BYTES,
-                env=_environment(),
+                env=child_environment(),
                 start_new_session=True,  # Ctrl-C is for the server, which then tells its children
             )
         return cls(process)
@@ -81,19 +81,3 @@ class TrainingChild:
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             self._process.send_signal(number)
-
-
-def _environment() -> dict[str, str]:
-    """The server's own, with its very path of packages: the two sides must be of one version."""
-    packages = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": packages}
-
-
-def describe_end(code: int) -> str:
-    """How a process ended, in words."""
-    if code >= 0:
-        return f"with exit code {code}"
-    try:
-        return f"by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"by signal {-code}"

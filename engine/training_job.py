@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from engine.training_child import TrainingChild, describe_end
+from engine.child_process import describe_end
+from engine.training_child import TrainingChild
 from engine.training_reports import Failure, Progress, Report, Skipped
 from engine.training_store import StoredTraining
 

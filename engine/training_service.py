@@ -8,7 +8,7 @@ from pathlib import Path
 from engine.concepts import check_fits, concept_from_bytes, read_concept_file
 from engine.errors import InvalidRequest, ShuttingDown, TrainingUnavailable
 from engine.paging import checked_page_size, key_of, page_token
-from engine.pipeline import Pipeline
+from engine.planner import Planner
 from engine.service import Context, Runtime, guarded, write_in_time
 from engine.store import ConceptStore
 from engine.training_config import TrainingConfig
@@ -159,7 +159,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
 
 
 def publish(
-    folder: TrainingFolder, spec: TrainingSpec, pipeline: Pipeline, store: ConceptStore
+    folder: TrainingFolder, spec: TrainingSpec, pipeline: Planner, store: ConceptStore
 ) -> str:
     """Store the concept of a training as an import would; returns its id."""
     content = read_concept_file(folder.concept)

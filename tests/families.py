@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.pipeline import Pipeline
+from engine.pipeline import Pipeline, sound
 from engine.requests import GenerationRequest
 from trainer.export import BuildReport, build_bundle
 from trainer.model import DiffusionModel, load_model
@@ -59,4 +59,4 @@ def draw(pipeline: Pipeline, request: GenerationRequest) -> np.ndarray:
     images = pipeline.begin(pipeline.plan(request))
     while not images[0].is_done:
         pipeline.step(images)
-    return pipeline.decode(images)[0] / 255.0
+    return sound(pipeline.decode(images))[0] / 255.0

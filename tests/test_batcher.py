@@ -88,8 +88,16 @@ class FakeModel:
             image.latents = image.latents + (np.nan if image.seed == self.nan_seed else 1.0)
             image.steps_done += 1
 
-    def decode(self, images: Sequence[ImageInFlight]) -> list[RgbImage]:
-        return [np.full((2, 2, 3), int(i.latents[0, 0, 0]) % 256, np.uint8) for i in images]
+    def decode(self, images: Sequence[ImageInFlight]) -> list[RgbImage | NumericalError]:
+        return [self._picture(image) for image in images]
+
+    def _picture(self, image: ImageInFlight) -> RgbImage | NumericalError:
+        value = image.latents[0, 0, 0]
+        if not np.isfinite(value):
+            return NumericalError("not finite")
+        return np.full((2, 2, 3), int(value) % 256, np.uint8)
+
+    def release(self, images: Sequence[ImageInFlight]) -> None: ...
 
     def row_cost(self, image: ImageInFlight) -> float:
         return max(1.0, (image.latents.size / 64) ** 2)

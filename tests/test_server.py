@@ -230,7 +230,9 @@ async def test_serve_runs_until_it_is_told_to_stop(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Pipeline, "open", open_fake)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     addresses: asyncio.Queue[str] = asyncio.Queue()
-    serving = asyncio.create_task(serve(make_config(bundle=Path("b")), addresses.put_nowait))
+    serving = asyncio.create_task(
+        serve(make_config(bundle=Path("b"), model_process=False), addresses.put_nowait)
+    )
     with Client(await addresses.get()) as client:
         assert (await asyncio.to_thread(client.server_info)).model.name == "fake"
     os.kill(os.getpid(), signal.SIGTERM)
@@ -251,7 +253,9 @@ from tests.fakes import FakeDenoiser, make_pipeline
 denoiser = FakeDenoiser()
 denoiser.gate.clear()
 Pipeline.open = lambda *_arguments, **_settings: make_pipeline(denoiser)
-config = ServerConfig(bundle=Path("none"), listen="127.0.0.1:0", grace_s=60.0)
+config = ServerConfig(
+    bundle=Path("none"), listen="127.0.0.1:0", grace_s=60.0, model_process=False
+)
 asyncio.run(serve(config, lambda address: print(address, flush=True)))
 """
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.bundle import Bundle
 from engine.concepts import Concept
-from engine.pipeline import Pipeline
+from engine.pipeline import Pipeline, sound
 from engine.requests import GenerationRequest, Limits
 from engine.sessions import Array, Feeds, Session
 from trainer.messages import first_line
@@ -150,7 +150,7 @@ def image_psnr_db(bundle: Bundle, sessions: dict[str, Session], model: Diffusion
     images = pipeline.begin(pipeline.plan(request))
     while not images[0].is_done:
         pipeline.step(images)
-    return psnr_db(pipeline.decode(images)[0] / 255.0, draw_with_diffusers(model, request))
+    return psnr_db(sound(pipeline.decode(images))[0] / 255.0, draw_with_diffusers(model, request))
 
 
 def draw_with_diffusers(
