@@ -4,7 +4,8 @@ from engine import wire
 from engine.concepts import Concept, check_fits, concept_from_bytes, concept_to_bytes
 from engine.errors import ConceptUnreadable, InvalidRequest
 from engine.paging import checked_page_size, key_of, page_token
-from engine.service import Context, Runtime, guarded
+from engine.runtime import Runtime
+from engine.service import Context, guarded
 from engine.store import StoredConcept
 from protos.oneword.v1 import concepts_pb2, concepts_pb2_grpc
 

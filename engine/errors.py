@@ -77,6 +77,22 @@ class UnknownTraining(EngineError):
         self.training_id = training_id
 
 
+class UnknownJob(EngineError):
+    """No job of the caller's has this id."""
+
+    def __init__(self, message: str, *, job_id: str) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
+class JobNotEnded(EngineError):
+    """The job waits or runs, and what was asked for needs it ended."""
+
+
+class JobsUnavailable(EngineError):
+    """This server keeps no jobs."""
+
+
 class ConceptExists(EngineError):
     """The placeholder token is taken by a concept with other vectors."""
 

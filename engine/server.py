@@ -22,11 +22,16 @@ from engine.concept_service import ConceptService
 from engine.deployment import Deployment, OpenModel, close_model
 from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
 from engine.errors import ConfigError, DeploymentFailed, EngineError
+from engine.generation import Generation
+from engine.image_job_runner import ImageJobRunner
+from engine.image_job_service import ImageJobService
+from engine.image_jobs import ImageJobStore, JobLimits
 from engine.pipeline import Pipeline
 from engine.planner import Planner
 from engine.remote_model import open_remote
 from engine.requests import Limits
-from engine.service import ImageGenerationService, Runtime, ServerInfoService
+from engine.runtime import Runtime
+from engine.service import ImageGenerationService, ServerInfoService
 from engine.store import ConceptStore
 from engine.training_child import worker_command
 from engine.training_config import TrainingConfig
@@ -50,6 +55,7 @@ TRAINING_SERVICE = training_pb2.DESCRIPTOR.services_by_name["TrainingService"].f
 GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["ImageGenerationService"].full_name
 SERVICES = (
     GENERATION_SERVICE,
+    generation_pb2.DESCRIPTOR.services_by_name["ImageJobService"].full_name,
     concepts_pb2.DESCRIPTOR.services_by_name["ConceptService"].full_name,
     server_info_pb2.DESCRIPTOR.services_by_name["ServerInfoService"].full_name,
     TRAINING_SERVICE,
@@ -71,6 +77,8 @@ class ServerConfig:
     listen: str = DEFAULT_ADDRESS  # host:port, port 0 for a free one; or unix:PATH
     insecure: bool = False  # listen beyond this machine, without TLS or authentication
     concept_dir: Path | None = None  # None: concepts are forgotten when the server stops
+    job_dir: Path | None = None  # None: no jobs are kept
+    jobs: JobLimits = field(default_factory=JobLimits)
     execution_provider: str = "CPUExecutionProvider"
     model_process: bool = True  # the graphs in a process of their own, which may die and come back
     worker: WorkerConfig = field(default_factory=WorkerConfig)  # of that process
@@ -149,6 +157,8 @@ class Server:
             assert isinstance(planner, Pipeline)
             model = planner
         self._config = config
+        # First: a folder that cannot be used must leave nothing behind.
+        job_store = ImageJobStore(config.job_dir, config.jobs) if config.job_dir else None
         self._pool = ThreadPoolExecutor(config.host_threads, thread_name_prefix="host")
         self.deployment = Deployment(
             planner, model, config.batcher, open_model=model_opener(config)
@@ -159,7 +169,9 @@ class Server:
             pool=self._pool,
             stall_timeout_s=config.stall_timeout_s,
         )
-        self.generation = ImageGenerationService(self._runtime)
+        self._generation = Generation(self._runtime)
+        self.generation = ImageGenerationService(self._runtime, self._generation)
+        self._jobs = job_store and ImageJobRunner(job_store, self._generation.follow_job)
         self.training = _training_service(self._runtime, config)
         # The type stub lacks the asyncio half of the module.
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
@@ -180,6 +192,8 @@ class Server:
                 f"cannot listen on {self._config.listen}: the address is in use or is not one of "
                 "this machine; stop the other server, or choose another port (0: any free one)"
             ) from error
+        if self._jobs is not None:
+            await self._jobs.start()
         learns = await self.training.start()
         for name in ("", *SERVICES):
             serves = learns or name != TRAINING_SERVICE
@@ -194,11 +208,15 @@ class Server:
         """Say NOT_SERVING, let requests under way finish within `grace_s`, fail the rest."""
         self.deployment.watch(None)
         await self._health.enter_graceful_shutdown()
+        if self._jobs is not None:
+            await self._jobs.stop()
         await asyncio.gather(self.generation.drain(grace_s), self.training.stop())
         await asyncio.to_thread(self.deployment.close)
         await self._server.stop(_FLUSH_S)
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
         self._runtime.store.close()
+        if self._jobs is not None:
+            self._jobs.store.close()
 
     async def deploy(self, bundle: Path) -> None:
         """Put another bundle in service while requests run (engine/deployment.py).
@@ -249,7 +267,23 @@ class Server:
             ConceptService(self._runtime), server
         )
         server_info_pb2_grpc.add_ServerInfoServiceServicer_to_server(
-            ServerInfoService(self._runtime, self.training.config), server
+            ServerInfoService(
+                self._runtime,
+                self._generation,
+                max_message_bytes=limit,
+                training=self.training.config,
+                jobs=self._jobs and self._jobs.store.limits,
+            ),
+            server,
+        )
+        generation_pb2_grpc.add_ImageJobServiceServicer_to_server(
+            ImageJobService(
+                self._jobs,
+                self._generation.pin,
+                max_message_bytes=limit,
+                stall_timeout_s=self._config.stall_timeout_s,
+            ),
+            server,
         )
         training_pb2_grpc.add_TrainingServiceServicer_to_server(self.training, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

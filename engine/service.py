@@ -9,25 +9,24 @@ import importlib.metadata
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Generator
-from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc.aio
 from google.protobuf.message import Message
 
-from engine import wire
-from engine.batcher import Batcher, Failed, Finished, ImageDone, StepDone
-from engine.deployment import Deployment, Served
+from engine.batch_calls import MAX_BATCH_REQUESTS, Follow, answer_batch, check_batch
+from engine.callers import current_caller
 from engine.errors import Cancelled, ShuttingDown
-from engine.planner import Planner
+from engine.executions import MAX_REQUEST_ID_CHARACTERS
+from engine.generation import MAX_PRIORITY, Generation, collect
+from engine.image_jobs import JobLimits
 from engine.prompt_syntax import MAX_PROMPT_CHARACTERS
+from engine.runtime import Runtime
 from engine.samplers import MAX_INFERENCE_STEPS
 from engine.status import is_internal, status_of
-from engine.store import ConceptStore
-from engine.streams import EventStream
 from engine.training_config import TrainingConfig
 from engine.training_wire import limits_to_proto
 from protos.oneword.v1 import (
@@ -43,32 +42,6 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 else:
     Context = Any  # what grpc.aio passes is a class of its own that does not derive from it
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Runtime:
-    """What the servicers share."""
-
-    deployment: Deployment
-    store: ConceptStore
-    pool: Executor  # for host work
-    stall_timeout_s: float = 60.0  # a caller that reads nothing for so long is dropped
-
-    @property
-    def pipeline(self) -> Planner:
-        """The planning half of the model in service; to plan a request for it, take a lease."""
-        return self.deployment.current.planner
-
-    @property
-    def batcher(self) -> Batcher:
-        """Of the model in service; to submit a request to it, take a lease."""
-        return self.deployment.current.batcher
-
-    async def in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool, lambda: function(*args, **kwargs))
 
 
 @asynccontextmanager
@@ -99,10 +72,11 @@ async def write_in_time(context: Context, response: Message, stall_timeout_s: fl
 
 
 class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer):
-    """Images from prompts, streamed."""
+    """Images from prompts, for callers who wait."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, generation: Generation) -> None:
         self._runtime = runtime
+        self._generation = generation
         self._draining = False
         self._active = 0
         self._idle = asyncio.Event()
@@ -113,9 +87,32 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
     async def Generate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> None:
-        async with guarded(context) as request_id:
-            with self._counted(), self._runtime.deployment.lease() as served:
-                await self._generate(request, context, request_id, served)
+        async with guarded(context) as request_id, self._following(context) as follow:
+            async with aclosing(follow(request, request_id)) as responses:
+                async for response in responses:
+                    await write_in_time(context, response, self._runtime.stall_timeout_s)
+
+    async def GenerateImages(
+        self, request: generation_pb2.GenerateImagesRequest, context: Context
+    ) -> generation_pb2.GenerateImagesResponse:
+        async with guarded(context) as request_id, self._following(context) as follow:
+            answer = generation_pb2.GenerateImagesResponse()
+            async with aclosing(follow(request.request, request_id)) as responses:
+                async for response in responses:
+                    collect(answer, response)
+            return answer
+
+    async def GenerateBatch(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, request: generation_pb2.GenerateBatchRequest, context: Context
+    ) -> None:
+        async with guarded(context) as request_id, self._following(context) as follow:
+            check_batch(request)
+            await answer_batch(
+                request.requests,
+                follow,
+                lambda event: write_in_time(context, event, self._runtime.stall_timeout_s),
+                server_id=request_id,
+            )
 
     async def drain(self, grace_s: float) -> None:
         """Take no new requests and wait for those under way, at most `grace_s`."""
@@ -131,6 +128,16 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
         """Requests under way."""
         return self._active
 
+    @asynccontextmanager
+    async def _following(self, context: Context) -> AsyncGenerator[Follow]:
+        """A way to follow requests of this call, which counts as under way."""
+        with self._counted():
+            yield partial(
+                self._generation.follow,
+                tenant=current_caller().tenant,
+                deadline=deadline_of(context),
+            )
+
     @contextmanager
     def _counted(self) -> Generator[None]:
         if self._draining:
@@ -144,60 +151,9 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
             if not self._active:
                 self._idle.set()
 
-    async def _generate(
-        self,
-        request: generation_pb2.GenerateRequest,
-        context: Context,
-        request_id: str,
-        served: Served,
-    ) -> None:
-        deadline = _deadline(context)
-        replies = await self._runtime.in_pool(self._prepare, request, served.planner)
-        events = EventStream(asyncio.get_running_loop())
-        job = served.batcher.submit(replies.plan, events.put, deadline=deadline)
-        try:
-            accepted = replies.accepted(request_id, job.queue_position)
-            await write_in_time(context, accepted, self._runtime.stall_timeout_s)
-            await self._forward(events, replies, context)
-        finally:
-            job.cancel()
 
-    def _prepare(self, request: generation_pb2.GenerateRequest, planner: Planner) -> wire.Replies:
-        image_format = wire.image_format_from_proto(request.image_format)
-        domain_request = wire.request_from_proto(
-            request, store=self._runtime.store, limits=planner.limits
-        )
-        return wire.Replies(
-            plan=planner.plan(domain_request),
-            model_name=planner.bundle.manifest.model_name,
-            image_format=image_format,
-        )
-
-    async def _forward(self, events: EventStream, replies: wire.Replies, context: Context) -> None:
-        while True:
-            event = await events.get()
-            if isinstance(event, Failed):
-                raise event.error
-            reply = await self._reply(replies, event)
-            await write_in_time(context, reply, self._runtime.stall_timeout_s)
-            if isinstance(event, Finished):
-                return
-
-    async def _reply(
-        self, replies: wire.Replies, event: StepDone | ImageDone | Finished
-    ) -> generation_pb2.GenerateResponse:
-        match event:
-            case StepDone(preview=None):  # nothing to encode: not worth a change of threads
-                return replies.progress(event)
-            case StepDone():
-                return await self._runtime.in_pool(replies.progress, event)
-            case ImageDone():
-                return await self._runtime.in_pool(replies.image, event)
-            case Finished(timings=timings):
-                return replies.summary(timings)
-
-
-def _deadline(context: Context) -> float | None:
+def deadline_of(context: Context) -> float | None:
+    """A `time.monotonic()` value."""
     # None without a deadline, whatever the type stub says.
     remaining_s = cast("float | None", context.time_remaining())
     return None if remaining_s is None else time.monotonic() + remaining_s
@@ -206,10 +162,21 @@ def _deadline(context: Context) -> float | None:
 class ServerInfoService(server_info_pb2_grpc.ServerInfoServiceServicer):
     """What this server is and how busy it is."""
 
-    def __init__(self, runtime: Runtime, training: TrainingConfig | None = None) -> None:
-        """`training` is None where words are not learned."""
+    def __init__(
+        self,
+        runtime: Runtime,
+        generation: Generation,
+        *,
+        max_message_bytes: int,
+        training: TrainingConfig | None = None,
+        jobs: JobLimits | None = None,
+    ) -> None:
+        """`training` is None where words are not learned, `jobs` where none are kept."""
         self._runtime = runtime
+        self._memory = generation.executions.memory
+        self._max_message_bytes = max_message_bytes
         self._training = training
+        self._jobs = jobs
 
     async def GetServerInfo(
         self, request: server_info_pb2.GetServerInfoRequest, context: Context
@@ -222,6 +189,7 @@ class ServerInfoService(server_info_pb2_grpc.ServerInfoServiceServicer):
                 load=server_info_pb2.Load(images_in_flight=in_flight, images_queued=queued),
                 versions=self._versions(),
                 training=None if self._training is None else limits_to_proto(self._training),
+                jobs=None if self._jobs is None else job_limits_to_proto(self._jobs),
             )
 
     def _model(self) -> server_info_pb2.ModelInfo:
@@ -249,8 +217,21 @@ class ServerInfoService(server_info_pb2_grpc.ServerInfoServiceServicer):
             max_prompt_characters=MAX_PROMPT_CHARACTERS,
             max_inference_steps=MAX_INFERENCE_STEPS,
             max_queued_images=self._runtime.batcher.config.max_queued_images,
+            max_batch_requests=MAX_BATCH_REQUESTS,
+            max_priority=MAX_PRIORITY,
+            max_request_id_characters=MAX_REQUEST_ID_CHARACTERS,
+            request_id_memory_s=self._memory.seconds,
+            max_message_bytes=self._max_message_bytes,
         )
 
     def _versions(self) -> dict[str, str]:
         exported_with = self._runtime.pipeline.bundle.manifest.versions
         return {**exported_with, "oneword": importlib.metadata.version("oneword")}
+
+
+def job_limits_to_proto(limits: JobLimits) -> server_info_pb2.JobLimits:
+    return server_info_pb2.JobLimits(
+        max_open_jobs=limits.max_open_jobs,
+        keep_s=limits.keep_s,
+        max_kept_bytes=limits.max_kept_bytes,
+    )

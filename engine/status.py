@@ -19,8 +19,10 @@ from engine.errors import (
     InvalidRequest,
     QueueFull,
     UnknownConcept,
+    UnknownJob,
     UnknownTraining,
 )
+from protos.oneword.v1 import generation_pb2
 
 DOMAIN = "oneword"
 # Text of callers comes back in errors; trailers beyond some 8 KiB would break the connection.
@@ -33,6 +35,9 @@ STATUS: dict[type[EngineError], StatusCode] = {
     errors.PromptTooLong: StatusCode.INVALID_ARGUMENT,
     errors.UnknownConcept: StatusCode.NOT_FOUND,
     errors.UnknownTraining: StatusCode.NOT_FOUND,
+    errors.UnknownJob: StatusCode.NOT_FOUND,
+    errors.JobNotEnded: StatusCode.FAILED_PRECONDITION,
+    errors.JobsUnavailable: StatusCode.FAILED_PRECONDITION,
     errors.ConceptExists: StatusCode.ALREADY_EXISTS,
     errors.ConceptMismatch: StatusCode.FAILED_PRECONDITION,
     errors.TrainingUnavailable: StatusCode.FAILED_PRECONDITION,
@@ -68,7 +73,7 @@ def status_of(error: Exception, request_id: str) -> grpc.Status:
         details = [_error_info(error), *_details(error)]
     else:
         code, details = StatusCode.INTERNAL, []
-        message = f"internal error; the server's log has it under request {request_id}"
+        message = _internal(request_id)
     details.append(error_details_pb2.RequestInfo(request_id=request_id))
     number: int = code.value[0]
     return rpc_status.to_status(
@@ -76,9 +81,29 @@ def status_of(error: Exception, request_id: str) -> grpc.Status:
     )
 
 
+def failure_of(error: Exception, request_id: str) -> generation_pb2.Failure:
+    """The same as a message, where the failure of one thing does not end the call."""
+    known = isinstance(error, EngineError) and not is_internal(error)
+    code = STATUS[type(error)] if known else StatusCode.INTERNAL
+    number: int = code.value[0]
+    return generation_pb2.Failure(
+        code=number,
+        message=_clip(str(error)) if known else _internal(request_id),
+        reason=_reason(error) if known else "INTERNAL",
+        retry_after_s=error.retry_after_s if isinstance(error, QueueFull) else None,
+    )
+
+
+def _internal(request_id: str) -> str:
+    return f"internal error; the server's log has it under request {request_id}"
+
+
 def _error_info(error: EngineError) -> Message:
-    words = re.findall(r"[A-Z][a-z]+", type(error).__name__)
-    return error_details_pb2.ErrorInfo(reason="_".join(words).upper(), domain=DOMAIN)
+    return error_details_pb2.ErrorInfo(reason=_reason(error), domain=DOMAIN)
+
+
+def _reason(error: Exception) -> str:
+    return "_".join(re.findall(r"[A-Z][a-z]+", type(error).__name__)).upper()
 
 
 def _details(error: EngineError) -> list[Message]:
@@ -96,6 +121,8 @@ def _details(error: EngineError) -> list[Message]:
             return [_resource("concept", token)]
         case UnknownTraining(training_id=training_id):
             return [_resource("training", training_id)]
+        case UnknownJob(job_id=job_id):
+            return [_resource("job", job_id)]
         case _:
             return []
 

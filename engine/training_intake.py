@@ -12,7 +12,7 @@ from engine.errors import (
     QueueFull,
     UnknownConcept,
 )
-from engine.service import Runtime
+from engine.runtime import Runtime
 from engine.store import ConceptStore
 from engine.training_job import Job
 from engine.training_spec import TrainingSpec, check_spec

@@ -9,7 +9,8 @@ from engine.concepts import check_fits, concept_from_bytes, read_concept_file
 from engine.errors import InvalidRequest, ShuttingDown, TrainingUnavailable
 from engine.paging import checked_page_size, key_of, page_token
 from engine.planner import Planner
-from engine.service import Context, Runtime, guarded, write_in_time
+from engine.runtime import Runtime
+from engine.service import Context, guarded, write_in_time
 from engine.store import ConceptStore
 from engine.training_config import TrainingConfig
 from engine.training_folder import TrainingFolder, storage_errors

@@ -8,7 +8,7 @@ import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from engine.batcher import ImageDone, StepDone, Timings
-from engine.concepts import Concept, FileFormat, concept_from_bytes
+from engine.concepts import Concept, FileFormat, concept_from_bytes, concept_to_bytes
 from engine.errors import ConceptUnreadable, InvalidRequest, PromptTooLong
 from engine.images import ImageFormat, decode_image, encode_image
 from engine.pipeline import GenerationPlan
@@ -42,16 +42,24 @@ _CONCEPT_FORMATS: dict[int, FileFormat] = {
 
 
 def request_from_proto(
-    message: generation_pb2.GenerateRequest, *, store: ConceptStore, limits: Limits
+    message: generation_pb2.GenerateRequest,
+    *,
+    store: ConceptStore,
+    limits: Limits,
+    default_seed: int | None = None,
 ) -> GenerationRequest:
     """Read a request: load its concepts, decode its image; what is absent takes its default.
+
+    Without `default_seed` that of the seed is random.
 
     Ranges are checked later, by `engine.requests.check_request`.
     """
     fields: dict[str, Any] = {
         name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)
     }
-    fields.setdefault("seed", secrets.randbits(_RANDOM_SEED_BITS))
+    if default_seed is None:
+        default_seed = secrets.randbits(_RANDOM_SEED_BITS)
+    fields.setdefault("seed", default_seed)
     if message.sampler:
         fields["sampler"] = message.sampler
     if message.init_image:
@@ -162,6 +170,19 @@ def _bare_concept(
         learned_embeddings=values.reshape(rows, -1),
         embedding_fingerprint=message.embedding_fingerprint,
     )
+
+
+def pinned(
+    message: generation_pb2.GenerateRequest, request: GenerationRequest
+) -> generation_pb2.GenerateRequest:
+    """The message with what it is understood as inside: seed, number of images, and vectors."""
+    whole = generation_pb2.GenerateRequest()
+    whole.CopyFrom(message)
+    whole.seed, whole.num_images = request.seed, request.num_images
+    del whole.concepts[:]
+    for concept in request.concepts:
+        whole.concepts.add().inline.safetensors = concept_to_bytes(concept)
+    return whole
 
 
 def image_format_from_proto(value: int) -> ImageFormat:

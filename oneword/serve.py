@@ -14,6 +14,7 @@ from engine.training_config import TrainingConfig
 _FLAGS = {
     "listen": "address to listen on; port 0 takes a free one",
     "concept_dir": "folder of the stored concepts; without it they are forgotten at the end",
+    "job_dir": "folder of the jobs; without it the server keeps none",
     "execution_provider": "ONNX Runtime execution provider",
     "grace_s": "seconds that requests under way get when the server is told to stop",
 }

@@ -23,7 +23,10 @@ from engine.store import ConceptStore
 from protos.oneword.v1 import concepts_pb2, generation_pb2
 from protos.oneword.v1.concepts_pb2_grpc import ConceptServiceStub
 from protos.oneword.v1.generation_pb2 import GenerateRequest, GenerateResponse
-from protos.oneword.v1.generation_pb2_grpc import ImageGenerationServiceStub
+from protos.oneword.v1.generation_pb2_grpc import (
+    ImageGenerationServiceStub,
+    ImageJobServiceStub,
+)
 from protos.oneword.v1.server_info_pb2_grpc import ServerInfoServiceStub
 from tests.fakes import DIM, WAIT_S, FakeDenoiser, make_pipeline
 
@@ -43,6 +46,7 @@ class Harness:
 
     def __post_init__(self) -> None:
         self.generation = ImageGenerationServiceStub(self.channel)
+        self.jobs = ImageJobServiceStub(self.channel)
         self.concepts = ConceptServiceStub(self.channel)
         self.info = ServerInfoServiceStub(self.channel)
 

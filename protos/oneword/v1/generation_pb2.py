@@ -22,39 +22,80 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/oneword/v1/generation.proto\x12\noneword.v1\"\xeb\x03\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12.\n\x08\x63oncepts\x18\x03 \x03(\x0b\x32\x1c.oneword.v1.ConceptReference\x12\x12\n\x05width\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06height\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nnum_images\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x03\x88\x01\x01\x12\x0f\n\x07sampler\x18\x08 \x01(\t\x12 \n\x13num_inference_steps\x18\t \x01(\rH\x04\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x12\n\ninit_image\x18\x0b \x01(\x0c\x12\x15\n\x08strength\x18\x0c \x01(\x01H\x06\x88\x01\x01\x12-\n\x0cimage_format\x18\r \x01(\x0e\x32\x17.oneword.v1.ImageFormat\x12\x1b\n\x13preview_every_steps\x18\x0e \x01(\rB\x08\n\x06_widthB\t\n\x07_heightB\r\n\x0b_num_imagesB\x07\n\x05_seedB\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scaleB\x0b\n\t_strength\"|\n\x10\x43onceptReference\x12\x1b\n\x11placeholder_token\x18\x01 \x01(\tH\x00\x12\x14\n\nconcept_id\x18\x02 \x01(\tH\x00\x12+\n\x06inline\x18\x03 \x01(\x0b\x32\x19.oneword.v1.InlineConceptH\x00\x42\x08\n\x06source\"\x89\x01\n\rInlineConcept\x12\x19\n\x11placeholder_token\x18\x01 \x01(\t\x12\x15\n\x0bsafetensors\x18\x02 \x01(\x0cH\x00\x12;\n\x12learned_embeddings\x18\x03 \x01(\x0b\x32\x1d.oneword.v1.LearnedEmbeddingsH\x00\x42\t\n\x07\x63ontent\"l\n\x11LearnedEmbeddings\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x18\n\x0bnum_vectors\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x15\x65mbedding_fingerprint\x18\x03 \x01(\tB\x0e\n\x0c_num_vectors\"\xc1\x01\n\x10GenerateResponse\x12(\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.oneword.v1.AcceptedH\x00\x12(\n\x08progress\x18\x02 \x01(\x0b\x32\x14.oneword.v1.ProgressH\x00\x12(\n\x05image\x18\x03 \x01(\x0b\x32\x17.oneword.v1.ImageResultH\x00\x12&\n\x07summary\x18\x04 \x01(\x0b\x32\x13.oneword.v1.SummaryH\x00\x42\x07\n\x05\x65vent\"\xa9\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0equeue_position\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x0f\n\x07sampler\x18\x04 \x01(\t\x12\x1b\n\x13num_inference_steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x01\x12\r\n\x05width\x18\x07 \x01(\r\x12\x0e\n\x06height\x18\x08 \x01(\r\"b\n\x08Progress\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x11\n\tnum_steps\x18\x03 \x01(\r\x12\x14\n\x07preview\x18\x04 \x01(\x0cH\x00\x88\x01\x01\x42\n\n\x08_preview\"\x87\x01\n\x0bImageResult\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\r\n\x05image\x18\x03 \x01(\x0c\x12\'\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x17.oneword.v1.ImageFormat\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\"\xc6\x02\n\x07Summary\x12$\n\x07timings\x18\x01 \x01(\x0b\x32\x13.oneword.v1.Timings\x12\x34\n\x10matched_concepts\x18\x02 \x03(\x0b\x32\x1a.oneword.v1.MatchedConcept\x12\r\n\x05seeds\x18\x03 \x03(\x04\x12\x0f\n\x07sampler\x18\x04 \x01(\t\x12\x1b\n\x13num_inference_steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x01\x12\r\n\x05width\x18\x07 \x01(\r\x12\x0e\n\x06height\x18\x08 \x01(\r\x12\x12\n\ncut_prompt\x18\t \x01(\t\x12\x1b\n\x13\x63ut_negative_prompt\x18\n \x01(\t\x12\x12\n\nnum_tokens\x18\x0b \x01(\r\x12\x12\n\nnum_chunks\x18\x0c \x01(\r\x12\x12\n\nmodel_name\x18\r \x01(\t\"\x8a\x01\n\x07Timings\x12\x15\n\rqueue_wait_ms\x18\x01 \x01(\x01\x12\x12\n\ndenoise_ms\x18\x02 \x01(\x01\x12\x11\n\tdecode_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12\x16\n\x0e\x64\x65noiser_calls\x18\x05 \x01(\r\x12\x17\n\x0fmean_batch_rows\x18\x06 \x01(\x01\"T\n\x0eMatchedConcept\x12\x19\n\x11placeholder_token\x18\x01 \x01(\t\x12\x12\n\nconcept_id\x18\x02 \x01(\t\x12\x13\n\x0bnum_vectors\x18\x03 \x01(\r*X\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x02\x32\x61\n\x16ImageGenerationService\x12G\n\x08Generate\x12\x1b.oneword.v1.GenerateRequest\x1a\x1c.oneword.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/oneword/v1/generation.proto\x12\noneword.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x91\x04\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x02 \x01(\t\x12.\n\x08\x63oncepts\x18\x03 \x03(\x0b\x32\x1c.oneword.v1.ConceptReference\x12\x12\n\x05width\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06height\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nnum_images\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x03\x88\x01\x01\x12\x0f\n\x07sampler\x18\x08 \x01(\t\x12 \n\x13num_inference_steps\x18\t \x01(\rH\x04\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x12\n\ninit_image\x18\x0b \x01(\x0c\x12\x15\n\x08strength\x18\x0c \x01(\x01H\x06\x88\x01\x01\x12-\n\x0cimage_format\x18\r \x01(\x0e\x32\x17.oneword.v1.ImageFormat\x12\x1b\n\x13preview_every_steps\x18\x0e \x01(\r\x12\x12\n\nrequest_id\x18\x0f \x01(\t\x12\x10\n\x08priority\x18\x10 \x01(\rB\x08\n\x06_widthB\t\n\x07_heightB\r\n\x0b_num_imagesB\x07\n\x05_seedB\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scaleB\x0b\n\t_strength\"|\n\x10\x43onceptReference\x12\x1b\n\x11placeholder_token\x18\x01 \x01(\tH\x00\x12\x14\n\nconcept_id\x18\x02 \x01(\tH\x00\x12+\n\x06inline\x18\x03 \x01(\x0b\x32\x19.oneword.v1.InlineConceptH\x00\x42\x08\n\x06source\"\x89\x01\n\rInlineConcept\x12\x19\n\x11placeholder_token\x18\x01 \x01(\t\x12\x15\n\x0bsafetensors\x18\x02 \x01(\x0cH\x00\x12;\n\x12learned_embeddings\x18\x03 \x01(\x0b\x32\x1d.oneword.v1.LearnedEmbeddingsH\x00\x42\t\n\x07\x63ontent\"l\n\x11LearnedEmbeddings\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x18\n\x0bnum_vectors\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x15\x65mbedding_fingerprint\x18\x03 \x01(\tB\x0e\n\x0c_num_vectors\"\xc1\x01\n\x10GenerateResponse\x12(\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.oneword.v1.AcceptedH\x00\x12(\n\x08progress\x18\x02 \x01(\x0b\x32\x14.oneword.v1.ProgressH\x00\x12(\n\x05image\x18\x03 \x01(\x0b\x32\x17.oneword.v1.ImageResultH\x00\x12&\n\x07summary\x18\x04 \x01(\x0b\x32\x13.oneword.v1.SummaryH\x00\x42\x07\n\x05\x65vent\"\xbb\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0equeue_position\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x0f\n\x07sampler\x18\x04 \x01(\t\x12\x1b\n\x13num_inference_steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x01\x12\r\n\x05width\x18\x07 \x01(\r\x12\x0e\n\x06height\x18\x08 \x01(\r\x12\x10\n\x08repeated\x18\t \x01(\x08\"b\n\x08Progress\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x11\n\tnum_steps\x18\x03 \x01(\r\x12\x14\n\x07preview\x18\x04 \x01(\x0cH\x00\x88\x01\x01\x42\n\n\x08_preview\"\x87\x01\n\x0bImageResult\x12\x13\n\x0bimage_index\x18\x01 \x01(\r\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\r\n\x05image\x18\x03 \x01(\x0c\x12\'\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x17.oneword.v1.ImageFormat\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\"\xc6\x02\n\x07Summary\x12$\n\x07timings\x18\x01 \x01(\x0b\x32\x13.oneword.v1.Timings\x12\x34\n\x10matched_concepts\x18\x02 \x03(\x0b\x32\x1a.oneword.v1.MatchedConcept\x12\r\n\x05seeds\x18\x03 \x03(\x04\x12\x0f\n\x07sampler\x18\x04 \x01(\t\x12\x1b\n\x13num_inference_steps\x18\x05 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x06 \x01(\x01\x12\r\n\x05width\x18\x07 \x01(\r\x12\x0e\n\x06height\x18\x08 \x01(\r\x12\x12\n\ncut_prompt\x18\t \x01(\t\x12\x1b\n\x13\x63ut_negative_prompt\x18\n \x01(\t\x12\x12\n\nnum_tokens\x18\x0b \x01(\r\x12\x12\n\nnum_chunks\x18\x0c \x01(\r\x12\x12\n\nmodel_name\x18\r \x01(\t\"\x8a\x01\n\x07Timings\x12\x15\n\rqueue_wait_ms\x18\x01 \x01(\x01\x12\x12\n\ndenoise_ms\x18\x02 \x01(\x01\x12\x11\n\tdecode_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12\x16\n\x0e\x64\x65noiser_calls\x18\x05 \x01(\r\x12\x17\n\x0fmean_batch_rows\x18\x06 \x01(\x01\"T\n\x0eMatchedConcept\x12\x19\n\x11placeholder_token\x18\x01 \x01(\t\x12\x12\n\nconcept_id\x18\x02 \x01(\t\x12\x13\n\x0bnum_vectors\x18\x03 \x01(\r\"E\n\x15GenerateImagesRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.oneword.v1.GenerateRequest\"\x8f\x01\n\x16GenerateImagesResponse\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.oneword.v1.Accepted\x12\'\n\x06images\x18\x02 \x03(\x0b\x32\x17.oneword.v1.ImageResult\x12$\n\x07summary\x18\x03 \x01(\x0b\x32\x13.oneword.v1.Summary\"E\n\x14GenerateBatchRequest\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.oneword.v1.GenerateRequest\"\x89\x01\n\x15GenerateBatchResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x30\n\x08response\x18\x02 \x01(\x0b\x32\x1c.oneword.v1.GenerateResponseH\x00\x12&\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.oneword.v1.FailureH\x00\x42\x07\n\x05\x65vent\"f\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"\x8e\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.oneword.v1.JobState\x12,\n\x07request\x18\x03 \x01(\x0b\x32\x1b.oneword.v1.GenerateRequest\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fnum_images_done\x18\x07 \x01(\r\x12$\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x13.oneword.v1.Failure\x12/\n\x0b\x65xpire_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsteps_done\x18\n \x01(\r\x12\x11\n\tnum_steps\x18\x0b \x01(\r\"@\n\x10SubmitJobRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.oneword.v1.GenerateRequest\"1\n\x11SubmitJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.oneword.v1.Job\"4\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0bwith_images\x18\x02 \x01(\x08\"}\n\x0eGetJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.oneword.v1.Job\x12\'\n\x06images\x18\x02 \x03(\x0b\x32\x17.oneword.v1.ImageResult\x12$\n\x07summary\x18\x03 \x01(\x0b\x32\x13.oneword.v1.Summary\"6\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0bwith_images\x18\x02 \x01(\x08\"e\n\x10WatchJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x0f.oneword.v1.JobH\x00\x12(\n\x05image\x18\x02 \x01(\x0b\x32\x17.oneword.v1.ImageResultH\x00\x42\x07\n\x05\x65vent\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"1\n\x11\x43\x61ncelJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.oneword.v1.Job\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.oneword.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse*X\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x02*\xb4\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x32\x92\x02\n\x16ImageGenerationService\x12G\n\x08Generate\x12\x1b.oneword.v1.GenerateRequest\x1a\x1c.oneword.v1.GenerateResponse0\x01\x12W\n\x0eGenerateImages\x12!.oneword.v1.GenerateImagesRequest\x1a\".oneword.v1.GenerateImagesResponse\x12V\n\rGenerateBatch\x12 .oneword.v1.GenerateBatchRequest\x1a!.oneword.v1.GenerateBatchResponse0\x01\x32\xc0\x03\n\x0fImageJobService\x12H\n\tSubmitJob\x12\x1c.oneword.v1.SubmitJobRequest\x1a\x1d.oneword.v1.SubmitJobResponse\x12?\n\x06GetJob\x12\x19.oneword.v1.GetJobRequest\x1a\x1a.oneword.v1.GetJobResponse\x12G\n\x08WatchJob\x12\x1b.oneword.v1.WatchJobRequest\x1a\x1c.oneword.v1.WatchJobResponse0\x01\x12H\n\tCancelJob\x12\x1c.oneword.v1.CancelJobRequest\x1a\x1d.oneword.v1.CancelJobResponse\x12\x45\n\x08ListJobs\x12\x1b.oneword.v1.ListJobsRequest\x1a\x1c.oneword.v1.ListJobsResponse\x12H\n\tDeleteJob\x12\x1c.oneword.v1.DeleteJobRequest\x1a\x1d.oneword.v1.DeleteJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.oneword.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_IMAGEFORMAT']._serialized_start=2082
-  _globals['_IMAGEFORMAT']._serialized_end=2170
-  _globals['_GENERATEREQUEST']._serialized_start=51
-  _globals['_GENERATEREQUEST']._serialized_end=542
-  _globals['_CONCEPTREFERENCE']._serialized_start=544
-  _globals['_CONCEPTREFERENCE']._serialized_end=668
-  _globals['_INLINECONCEPT']._serialized_start=671
-  _globals['_INLINECONCEPT']._serialized_end=808
-  _globals['_LEARNEDEMBEDDINGS']._serialized_start=810
-  _globals['_LEARNEDEMBEDDINGS']._serialized_end=918
-  _globals['_GENERATERESPONSE']._serialized_start=921
-  _globals['_GENERATERESPONSE']._serialized_end=1114
-  _globals['_ACCEPTED']._serialized_start=1117
-  _globals['_ACCEPTED']._serialized_end=1286
-  _globals['_PROGRESS']._serialized_start=1288
-  _globals['_PROGRESS']._serialized_end=1386
-  _globals['_IMAGERESULT']._serialized_start=1389
-  _globals['_IMAGERESULT']._serialized_end=1524
-  _globals['_SUMMARY']._serialized_start=1527
-  _globals['_SUMMARY']._serialized_end=1853
-  _globals['_TIMINGS']._serialized_start=1856
-  _globals['_TIMINGS']._serialized_end=1994
-  _globals['_MATCHEDCONCEPT']._serialized_start=1996
-  _globals['_MATCHEDCONCEPT']._serialized_end=2080
-  _globals['_IMAGEGENERATIONSERVICE']._serialized_start=2172
-  _globals['_IMAGEGENERATIONSERVICE']._serialized_end=2269
+  _globals['_IMAGEFORMAT']._serialized_start=3839
+  _globals['_IMAGEFORMAT']._serialized_end=3927
+  _globals['_JOBSTATE']._serialized_start=3930
+  _globals['_JOBSTATE']._serialized_end=4110
+  _globals['_GENERATEREQUEST']._serialized_start=84
+  _globals['_GENERATEREQUEST']._serialized_end=613
+  _globals['_CONCEPTREFERENCE']._serialized_start=615
+  _globals['_CONCEPTREFERENCE']._serialized_end=739
+  _globals['_INLINECONCEPT']._serialized_start=742
+  _globals['_INLINECONCEPT']._serialized_end=879
+  _globals['_LEARNEDEMBEDDINGS']._serialized_start=881
+  _globals['_LEARNEDEMBEDDINGS']._serialized_end=989
+  _globals['_GENERATERESPONSE']._serialized_start=992
+  _globals['_GENERATERESPONSE']._serialized_end=1185
+  _globals['_ACCEPTED']._serialized_start=1188
+  _globals['_ACCEPTED']._serialized_end=1375
+  _globals['_PROGRESS']._serialized_start=1377
+  _globals['_PROGRESS']._serialized_end=1475
+  _globals['_IMAGERESULT']._serialized_start=1478
+  _globals['_IMAGERESULT']._serialized_end=1613
+  _globals['_SUMMARY']._serialized_start=1616
+  _globals['_SUMMARY']._serialized_end=1942
+  _globals['_TIMINGS']._serialized_start=1945
+  _globals['_TIMINGS']._serialized_end=2083
+  _globals['_MATCHEDCONCEPT']._serialized_start=2085
+  _globals['_MATCHEDCONCEPT']._serialized_end=2169
+  _globals['_GENERATEIMAGESREQUEST']._serialized_start=2171
+  _globals['_GENERATEIMAGESREQUEST']._serialized_end=2240
+  _globals['_GENERATEIMAGESRESPONSE']._serialized_start=2243
+  _globals['_GENERATEIMAGESRESPONSE']._serialized_end=2386
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=2388
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=2457
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=2460
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=2597
+  _globals['_FAILURE']._serialized_start=2599
+  _globals['_FAILURE']._serialized_end=2701
+  _globals['_JOB']._serialized_start=2704
+  _globals['_JOB']._serialized_end=3102
+  _globals['_SUBMITJOBREQUEST']._serialized_start=3104
+  _globals['_SUBMITJOBREQUEST']._serialized_end=3168
+  _globals['_SUBMITJOBRESPONSE']._serialized_start=3170
+  _globals['_SUBMITJOBRESPONSE']._serialized_end=3219
+  _globals['_GETJOBREQUEST']._serialized_start=3221
+  _globals['_GETJOBREQUEST']._serialized_end=3273
+  _globals['_GETJOBRESPONSE']._serialized_start=3275
+  _globals['_GETJOBRESPONSE']._serialized_end=3400
+  _globals['_WATCHJOBREQUEST']._serialized_start=3402
+  _globals['_WATCHJOBREQUEST']._serialized_end=3456
+  _globals['_WATCHJOBRESPONSE']._serialized_start=3458
+  _globals['_WATCHJOBRESPONSE']._serialized_end=3559
+  _globals['_CANCELJOBREQUEST']._serialized_start=3561
+  _globals['_CANCELJOBREQUEST']._serialized_end=3595
+  _globals['_CANCELJOBRESPONSE']._serialized_start=3597
+  _globals['_CANCELJOBRESPONSE']._serialized_end=3646
+  _globals['_LISTJOBSREQUEST']._serialized_start=3648
+  _globals['_LISTJOBSREQUEST']._serialized_end=3704
+  _globals['_LISTJOBSRESPONSE']._serialized_start=3706
+  _globals['_LISTJOBSRESPONSE']._serialized_end=3780
+  _globals['_DELETEJOBREQUEST']._serialized_start=3782
+  _globals['_DELETEJOBREQUEST']._serialized_end=3816
+  _globals['_DELETEJOBRESPONSE']._serialized_start=3818
+  _globals['_DELETEJOBRESPONSE']._serialized_end=3837
+  _globals['_IMAGEGENERATIONSERVICE']._serialized_start=4113
+  _globals['_IMAGEGENERATIONSERVICE']._serialized_end=4387
+  _globals['_IMAGEJOBSERVICE']._serialized_start=4390
+  _globals['_IMAGEJOBSERVICE']._serialized_end=4838
 # @@protoc_insertion_point(module_scope)

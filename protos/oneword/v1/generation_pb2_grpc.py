@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class ImageGenerationServiceStub:
-    """Images from prompts, with learned concepts in them.
+    """Images from prompts, with learned concepts in them, while the caller waits. Cancelling a call, or
+    its deadline, stops the work at the next step, unless another call with the same `request_id`
+    waits for it. A deadline that cannot be met is refused at once with DEADLINE_EXCEEDED, what there
+    is no room for with RESOURCE_EXHAUSTED and the time to wait in `google.rpc.RetryInfo`.
     """
 
     def __init__(self, channel):
@@ -40,16 +43,43 @@ class ImageGenerationServiceStub:
                 request_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateImages = channel.unary_unary(
+                '/oneword.v1.ImageGenerationService/GenerateImages',
+                request_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateImagesRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateImagesResponse.FromString,
+                _registered_method=True)
+        self.GenerateBatch = channel.unary_stream(
+                '/oneword.v1.ImageGenerationService/GenerateBatch',
+                request_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateBatchRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateBatchResponse.FromString,
+                _registered_method=True)
 
 
 class ImageGenerationServiceServicer:
-    """Images from prompts, with learned concepts in them.
+    """Images from prompts, with learned concepts in them, while the caller waits. Cancelling a call, or
+    its deadline, stops the work at the next step, unless another call with the same `request_id`
+    waits for it. A deadline that cannot be met is refused at once with DEADLINE_EXCEEDED, what there
+    is no room for with RESOURCE_EXHAUSTED and the time to wait in `google.rpc.RetryInfo`.
     """
 
     def Generate(self, request, context):
         """Generates the images of one request. The stream is one Accepted, then Progress and ImageResult
         as they come, then one Summary; progress is skipped for a caller that reads too slowly.
-        Cancelling the call, or its deadline, stops the work at the next step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateImages(self, request, context):
+        """The same in one answer, which must fit into one message: for callers without streams.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateBatch(self, request, context):
+        """Generates the images of many requests in one call. Each item ends with a Summary or a Failure,
+        in the order in which they are done; the failure of one is not that of the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -63,6 +93,16 @@ def add_ImageGenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
             ),
+            'GenerateImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.GenerateImages,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateImagesRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateImagesResponse.SerializeToString,
+            ),
+            'GenerateBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateBatchRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateBatchResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'oneword.v1.ImageGenerationService', rpc_method_handlers)
@@ -72,7 +112,10 @@ def add_ImageGenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ImageGenerationService:
-    """Images from prompts, with learned concepts in them.
+    """Images from prompts, with learned concepts in them, while the caller waits. Cancelling a call, or
+    its deadline, stops the work at the next step, unless another call with the same `request_id`
+    waits for it. A deadline that cannot be met is refused at once with DEADLINE_EXCEEDED, what there
+    is no room for with RESOURCE_EXHAUSTED and the time to wait in `google.rpc.RetryInfo`.
     """
 
     @staticmethod
@@ -92,6 +135,361 @@ class ImageGenerationService:
             '/oneword.v1.ImageGenerationService/Generate',
             protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneword.v1.ImageGenerationService/GenerateImages',
+            protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateImagesRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/oneword.v1.ImageGenerationService/GenerateBatch',
+            protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateBatchRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_generation__pb2.GenerateBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ImageJobServiceStub:
+    """Images from prompts that nobody waits for: jobs that outlive the call, the connection and the
+    server. A job that was accepted is on disk; a server that is started again goes on with it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.SubmitJob = channel.unary_unary(
+                '/oneword.v1.ImageJobService/SubmitJob',
+                request_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.SubmitJobRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.SubmitJobResponse.FromString,
+                _registered_method=True)
+        self.GetJob = channel.unary_unary(
+                '/oneword.v1.ImageJobService/GetJob',
+                request_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GetJobRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GetJobResponse.FromString,
+                _registered_method=True)
+        self.WatchJob = channel.unary_stream(
+                '/oneword.v1.ImageJobService/WatchJob',
+                request_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.WatchJobRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.WatchJobResponse.FromString,
+                _registered_method=True)
+        self.CancelJob = channel.unary_unary(
+                '/oneword.v1.ImageJobService/CancelJob',
+                request_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.CancelJobRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
+        self.ListJobs = channel.unary_unary(
+                '/oneword.v1.ImageJobService/ListJobs',
+                request_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.ListJobsResponse.FromString,
+                _registered_method=True)
+        self.DeleteJob = channel.unary_unary(
+                '/oneword.v1.ImageJobService/DeleteJob',
+                request_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.DeleteJobRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.DeleteJobResponse.FromString,
+                _registered_method=True)
+
+
+class ImageJobServiceServicer:
+    """Images from prompts that nobody waits for: jobs that outlive the call, the connection and the
+    server. A job that was accepted is on disk; a server that is started again goes on with it.
+    """
+
+    def SubmitJob(self, request, context):
+        """Queues a request. Its concepts are those of now, whatever is stored under their names later.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetJob(self, request, context):
+        """Describes one job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchJob(self, request, context):
+        """Streams a job as it is now and whenever it has changed, and its images as they come, until it
+        has ended. To a caller that reads too slowly the newest state is sent, those before it are
+        skipped; images are not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelJob(self, request, context):
+        """Asks a job to stop; images that are done stay. No error for one that has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobs(self, request, context):
+        """Lists jobs, the latest first, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteJob(self, request, context):
+        """Forgets a job that has ended, and its images.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ImageJobServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'SubmitJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitJob,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.SubmitJobRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.SubmitJobResponse.SerializeToString,
+            ),
+            'GetJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJob,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GetJobRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.GetJobResponse.SerializeToString,
+            ),
+            'WatchJob': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchJob,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.WatchJobRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'CancelJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelJob,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.CancelJobRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'ListJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobs,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.ListJobsRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.ListJobsResponse.SerializeToString,
+            ),
+            'DeleteJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteJob,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_generation__pb2.DeleteJobRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_generation__pb2.DeleteJobResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'oneword.v1.ImageJobService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('oneword.v1.ImageJobService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ImageJobService:
+    """Images from prompts that nobody waits for: jobs that outlive the call, the connection and the
+    server. A job that was accepted is on disk; a server that is started again goes on with it.
+    """
+
+    @staticmethod
+    def SubmitJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneword.v1.ImageJobService/SubmitJob',
+            protos_dot_oneword_dot_v1_dot_generation__pb2.SubmitJobRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_generation__pb2.SubmitJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneword.v1.ImageJobService/GetJob',
+            protos_dot_oneword_dot_v1_dot_generation__pb2.GetJobRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_generation__pb2.GetJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/oneword.v1.ImageJobService/WatchJob',
+            protos_dot_oneword_dot_v1_dot_generation__pb2.WatchJobRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_generation__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneword.v1.ImageJobService/CancelJob',
+            protos_dot_oneword_dot_v1_dot_generation__pb2.CancelJobRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_generation__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneword.v1.ImageJobService/ListJobs',
+            protos_dot_oneword_dot_v1_dot_generation__pb2.ListJobsRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_generation__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneword.v1.ImageJobService/DeleteJob',
+            protos_dot_oneword_dot_v1_dot_generation__pb2.DeleteJobRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_generation__pb2.DeleteJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

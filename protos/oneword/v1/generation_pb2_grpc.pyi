@@ -27,7 +27,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ImageGenerationServiceStub:
-    """Images from prompts, with learned concepts in them."""
+    """Images from prompts, with learned concepts in them, while the caller waits. Cancelling a call, or
+    its deadline, stops the work at the next step, unless another call with the same `request_id`
+    waits for it. A deadline that cannot be met is refused at once with DEADLINE_EXCEEDED, what there
+    is no room for with RESOURCE_EXHAUSTED and the time to wait in `google.rpc.RetryInfo`.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,22 +40,40 @@ class ImageGenerationServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Generates the images of one request. The stream is one Accepted, then Progress and ImageResult
     as they come, then one Summary; progress is skipped for a caller that reads too slowly.
-    Cancelling the call, or its deadline, stops the work at the next step.
+    """
+    GenerateImages: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateImagesRequest, _generation_pb2.GenerateImagesResponse]
+    """The same in one answer, which must fit into one message: for callers without streams."""
+    GenerateBatch: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateBatchRequest, _generation_pb2.GenerateBatchResponse]
+    """Generates the images of many requests in one call. Each item ends with a Summary or a Failure,
+    in the order in which they are done; the failure of one is not that of the others.
     """
 
 @_typing.type_check_only
 class ImageGenerationServiceAsyncStub(ImageGenerationServiceStub):
-    """Images from prompts, with learned concepts in them."""
+    """Images from prompts, with learned concepts in them, while the caller waits. Cancelling a call, or
+    its deadline, stops the work at the next step, unless another call with the same `request_id`
+    waits for it. A deadline that cannot be met is refused at once with DEADLINE_EXCEEDED, what there
+    is no room for with RESOURCE_EXHAUSTED and the time to wait in `google.rpc.RetryInfo`.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates the images of one request. The stream is one Accepted, then Progress and ImageResult
     as they come, then one Summary; progress is skipped for a caller that reads too slowly.
-    Cancelling the call, or its deadline, stops the work at the next step.
+    """
+    GenerateImages: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateImagesRequest, _generation_pb2.GenerateImagesResponse]  # type: ignore[assignment]
+    """The same in one answer, which must fit into one message: for callers without streams."""
+    GenerateBatch: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateBatchRequest, _generation_pb2.GenerateBatchResponse]  # type: ignore[assignment]
+    """Generates the images of many requests in one call. Each item ends with a Summary or a Failure,
+    in the order in which they are done; the failure of one is not that of the others.
     """
 
 class ImageGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Images from prompts, with learned concepts in them."""
+    """Images from prompts, with learned concepts in them, while the caller waits. Cancelling a call, or
+    its deadline, stops the work at the next step, unless another call with the same `request_id`
+    waits for it. A deadline that cannot be met is refused at once with DEADLINE_EXCEEDED, what there
+    is no room for with RESOURCE_EXHAUSTED and the time to wait in `google.rpc.RetryInfo`.
+    """
 
     @_abc_1.abstractmethod
     def Generate(
@@ -61,7 +83,130 @@ class ImageGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
         """Generates the images of one request. The stream is one Accepted, then Progress and ImageResult
         as they come, then one Summary; progress is skipped for a caller that reads too slowly.
-        Cancelling the call, or its deadline, stops the work at the next step.
+        """
+
+    @_abc_1.abstractmethod
+    def GenerateImages(
+        self,
+        request: _generation_pb2.GenerateImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.GenerateImagesResponse, _abc.Awaitable[_generation_pb2.GenerateImagesResponse]]:
+        """The same in one answer, which must fit into one message: for callers without streams."""
+
+    @_abc_1.abstractmethod
+    def GenerateBatch(
+        self,
+        request: _generation_pb2.GenerateBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateBatchResponse], _abc.AsyncIterator[_generation_pb2.GenerateBatchResponse]]:
+        """Generates the images of many requests in one call. Each item ends with a Summary or a Failure,
+        in the order in which they are done; the failure of one is not that of the others.
         """
 
 def add_ImageGenerationServiceServicer_to_server(servicer: ImageGenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class ImageJobServiceStub:
+    """Images from prompts that nobody waits for: jobs that outlive the call, the connection and the
+    server. A job that was accepted is on disk; a server that is started again goes on with it.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> ImageJobServiceAsyncStub: ...
+    SubmitJob: _grpc.UnaryUnaryMultiCallable[_generation_pb2.SubmitJobRequest, _generation_pb2.SubmitJobResponse]
+    """Queues a request. Its concepts are those of now, whatever is stored under their names later."""
+    GetJob: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetJobRequest, _generation_pb2.GetJobResponse]
+    """Describes one job."""
+    WatchJob: _grpc.UnaryStreamMultiCallable[_generation_pb2.WatchJobRequest, _generation_pb2.WatchJobResponse]
+    """Streams a job as it is now and whenever it has changed, and its images as they come, until it
+    has ended. To a caller that reads too slowly the newest state is sent, those before it are
+    skipped; images are not.
+    """
+    CancelJob: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelJobRequest, _generation_pb2.CancelJobResponse]
+    """Asks a job to stop; images that are done stay. No error for one that has ended."""
+    ListJobs: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListJobsRequest, _generation_pb2.ListJobsResponse]
+    """Lists jobs, the latest first, page by page."""
+    DeleteJob: _grpc.UnaryUnaryMultiCallable[_generation_pb2.DeleteJobRequest, _generation_pb2.DeleteJobResponse]
+    """Forgets a job that has ended, and its images."""
+
+@_typing.type_check_only
+class ImageJobServiceAsyncStub(ImageJobServiceStub):
+    """Images from prompts that nobody waits for: jobs that outlive the call, the connection and the
+    server. A job that was accepted is on disk; a server that is started again goes on with it.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    SubmitJob: _aio.UnaryUnaryMultiCallable[_generation_pb2.SubmitJobRequest, _generation_pb2.SubmitJobResponse]  # type: ignore[assignment]
+    """Queues a request. Its concepts are those of now, whatever is stored under their names later."""
+    GetJob: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetJobRequest, _generation_pb2.GetJobResponse]  # type: ignore[assignment]
+    """Describes one job."""
+    WatchJob: _aio.UnaryStreamMultiCallable[_generation_pb2.WatchJobRequest, _generation_pb2.WatchJobResponse]  # type: ignore[assignment]
+    """Streams a job as it is now and whenever it has changed, and its images as they come, until it
+    has ended. To a caller that reads too slowly the newest state is sent, those before it are
+    skipped; images are not.
+    """
+    CancelJob: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelJobRequest, _generation_pb2.CancelJobResponse]  # type: ignore[assignment]
+    """Asks a job to stop; images that are done stay. No error for one that has ended."""
+    ListJobs: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListJobsRequest, _generation_pb2.ListJobsResponse]  # type: ignore[assignment]
+    """Lists jobs, the latest first, page by page."""
+    DeleteJob: _aio.UnaryUnaryMultiCallable[_generation_pb2.DeleteJobRequest, _generation_pb2.DeleteJobResponse]  # type: ignore[assignment]
+    """Forgets a job that has ended, and its images."""
+
+class ImageJobServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Images from prompts that nobody waits for: jobs that outlive the call, the connection and the
+    server. A job that was accepted is on disk; a server that is started again goes on with it.
+    """
+
+    @_abc_1.abstractmethod
+    def SubmitJob(
+        self,
+        request: _generation_pb2.SubmitJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.SubmitJobResponse, _abc.Awaitable[_generation_pb2.SubmitJobResponse]]:
+        """Queues a request. Its concepts are those of now, whatever is stored under their names later."""
+
+    @_abc_1.abstractmethod
+    def GetJob(
+        self,
+        request: _generation_pb2.GetJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.GetJobResponse, _abc.Awaitable[_generation_pb2.GetJobResponse]]:
+        """Describes one job."""
+
+    @_abc_1.abstractmethod
+    def WatchJob(
+        self,
+        request: _generation_pb2.WatchJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.WatchJobResponse], _abc.AsyncIterator[_generation_pb2.WatchJobResponse]]:
+        """Streams a job as it is now and whenever it has changed, and its images as they come, until it
+        has ended. To a caller that reads too slowly the newest state is sent, those before it are
+        skipped; images are not.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelJob(
+        self,
+        request: _generation_pb2.CancelJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.CancelJobResponse, _abc.Awaitable[_generation_pb2.CancelJobResponse]]:
+        """Asks a job to stop; images that are done stay. No error for one that has ended."""
+
+    @_abc_1.abstractmethod
+    def ListJobs(
+        self,
+        request: _generation_pb2.ListJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.ListJobsResponse, _abc.Awaitable[_generation_pb2.ListJobsResponse]]:
+        """Lists jobs, the latest first, page by page."""
+
+    @_abc_1.abstractmethod
+    def DeleteJob(
+        self,
+        request: _generation_pb2.DeleteJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.DeleteJobResponse, _abc.Awaitable[_generation_pb2.DeleteJobResponse]]:
+        """Forgets a job that has ended, and its images."""
+
+def add_ImageJobServiceServicer_to_server(servicer: ImageJobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/oneword/v1/server_info.proto\x12\noneword.v1\"\x16\n\x14GetServerInfoRequest\"\xaa\x02\n\x15GetServerInfoResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.oneword.v1.ModelInfo\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x19.oneword.v1.RequestLimits\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.oneword.v1.Load\x12\x41\n\x08versions\x18\x04 \x03(\x0b\x32/.oneword.v1.GetServerInfoResponse.VersionsEntry\x12,\n\x08training\x18\x05 \x01(\x0b\x32\x1a.oneword.v1.TrainingLimits\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xce\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tprecision\x18\x02 \x01(\t\x12\x17\n\x0fprediction_type\x18\x03 \x01(\t\x12\x1d\n\x15\x65mbedding_fingerprint\x18\x04 \x01(\t\x12\x15\n\rembedding_dim\x18\x05 \x01(\r\x12\x10\n\x08samplers\x18\x06 \x03(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_size\x18\x07 \x01(\r\x12\x15\n\rsize_multiple\x18\x08 \x01(\r\x12\x12\n\nmax_tokens\x18\t \x01(\r\"\xf0\x01\n\rRequestLimits\x12\x1e\n\x16max_images_per_request\x18\x01 \x01(\r\x12\x10\n\x08max_side\x18\x02 \x01(\r\x12\x12\n\nmax_pixels\x18\x03 \x01(\r\x12 \n\x18max_inline_concept_bytes\x18\x04 \x01(\r\x12 \n\x18max_concepts_per_request\x18\x05 \x01(\r\x12\x1d\n\x15max_prompt_characters\x18\x06 \x01(\r\x12\x1b\n\x13max_inference_steps\x18\x07 \x01(\r\x12\x19\n\x11max_queued_images\x18\x08 \x01(\r\"\xeb\x02\n\x0eTrainingLimits\x12\x12\n\nmax_images\x18\x01 \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\x02 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x04\x12\x1a\n\x12max_captions_bytes\x18\x04 \x01(\x04\x12\x18\n\x10max_upload_bytes\x18\x05 \x01(\x04\x12\x18\n\x10upload_timeout_s\x18\x06 \x01(\x01\x12\x11\n\tmax_steps\x18\x07 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x08 \x01(\r\x12\x17\n\x0fmax_num_vectors\x18\t \x01(\r\x12\x13\n\x0bmax_uploads\x18\n \x01(\r\x12\x19\n\x11max_training_jobs\x18\x0b \x01(\r\x12\x1c\n\x14max_queued_trainings\x18\x0c \x01(\r\x12\x14\n\x0cmax_attempts\x18\r \x01(\r\x12\x1a\n\x12max_kept_trainings\x18\x0e \x01(\r\"7\n\x04Load\x12\x18\n\x10images_in_flight\x18\x01 \x01(\r\x12\x15\n\rimages_queued\x18\x02 \x01(\r2i\n\x11ServerInfoService\x12T\n\rGetServerInfo\x12 .oneword.v1.GetServerInfoRequest\x1a!.oneword.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/oneword/v1/server_info.proto\x12\noneword.v1\"\x16\n\x14GetServerInfoRequest\"\xcf\x02\n\x15GetServerInfoResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.oneword.v1.ModelInfo\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x19.oneword.v1.RequestLimits\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.oneword.v1.Load\x12\x41\n\x08versions\x18\x04 \x03(\x0b\x32/.oneword.v1.GetServerInfoResponse.VersionsEntry\x12,\n\x08training\x18\x05 \x01(\x0b\x32\x1a.oneword.v1.TrainingLimits\x12#\n\x04jobs\x18\x06 \x01(\x0b\x32\x15.oneword.v1.JobLimits\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xce\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tprecision\x18\x02 \x01(\t\x12\x17\n\x0fprediction_type\x18\x03 \x01(\t\x12\x1d\n\x15\x65mbedding_fingerprint\x18\x04 \x01(\t\x12\x15\n\rembedding_dim\x18\x05 \x01(\r\x12\x10\n\x08samplers\x18\x06 \x03(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_size\x18\x07 \x01(\r\x12\x15\n\rsize_multiple\x18\x08 \x01(\r\x12\x12\n\nmax_tokens\x18\t \x01(\r\"\xfd\x02\n\rRequestLimits\x12\x1e\n\x16max_images_per_request\x18\x01 \x01(\r\x12\x10\n\x08max_side\x18\x02 \x01(\r\x12\x12\n\nmax_pixels\x18\x03 \x01(\r\x12 \n\x18max_inline_concept_bytes\x18\x04 \x01(\r\x12 \n\x18max_concepts_per_request\x18\x05 \x01(\r\x12\x1d\n\x15max_prompt_characters\x18\x06 \x01(\r\x12\x1b\n\x13max_inference_steps\x18\x07 \x01(\r\x12\x19\n\x11max_queued_images\x18\x08 \x01(\r\x12\x1a\n\x12max_batch_requests\x18\t \x01(\r\x12\x14\n\x0cmax_priority\x18\n \x01(\r\x12!\n\x19max_request_id_characters\x18\x0b \x01(\r\x12\x1b\n\x13request_id_memory_s\x18\x0c \x01(\x01\x12\x19\n\x11max_message_bytes\x18\r \x01(\x04\"J\n\tJobLimits\x12\x15\n\rmax_open_jobs\x18\x01 \x01(\r\x12\x0e\n\x06keep_s\x18\x02 \x01(\x01\x12\x16\n\x0emax_kept_bytes\x18\x03 \x01(\x04\"\xeb\x02\n\x0eTrainingLimits\x12\x12\n\nmax_images\x18\x01 \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\x02 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x04\x12\x1a\n\x12max_captions_bytes\x18\x04 \x01(\x04\x12\x18\n\x10max_upload_bytes\x18\x05 \x01(\x04\x12\x18\n\x10upload_timeout_s\x18\x06 \x01(\x01\x12\x11\n\tmax_steps\x18\x07 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x08 \x01(\r\x12\x17\n\x0fmax_num_vectors\x18\t \x01(\r\x12\x13\n\x0bmax_uploads\x18\n \x01(\r\x12\x19\n\x11max_training_jobs\x18\x0b \x01(\r\x12\x1c\n\x14max_queued_trainings\x18\x0c \x01(\r\x12\x14\n\x0cmax_attempts\x18\r \x01(\r\x12\x1a\n\x12max_kept_trainings\x18\x0e \x01(\r\"7\n\x04Load\x12\x18\n\x10images_in_flight\x18\x01 \x01(\r\x12\x15\n\rimages_queued\x18\x02 \x01(\r2i\n\x11ServerInfoService\x12T\n\rGetServerInfo\x12 .oneword.v1.GetServerInfoRequest\x1a!.oneword.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,17 +36,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=51
   _globals['_GETSERVERINFOREQUEST']._serialized_end=73
   _globals['_GETSERVERINFORESPONSE']._serialized_start=76
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=374
-  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=327
-  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=374
-  _globals['_MODELINFO']._serialized_start=377
-  _globals['_MODELINFO']._serialized_end=583
-  _globals['_REQUESTLIMITS']._serialized_start=586
-  _globals['_REQUESTLIMITS']._serialized_end=826
-  _globals['_TRAININGLIMITS']._serialized_start=829
-  _globals['_TRAININGLIMITS']._serialized_end=1192
-  _globals['_LOAD']._serialized_start=1194
-  _globals['_LOAD']._serialized_end=1249
-  _globals['_SERVERINFOSERVICE']._serialized_start=1251
-  _globals['_SERVERINFOSERVICE']._serialized_end=1356
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=411
+  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=364
+  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=411
+  _globals['_MODELINFO']._serialized_start=414
+  _globals['_MODELINFO']._serialized_end=620
+  _globals['_REQUESTLIMITS']._serialized_start=623
+  _globals['_REQUESTLIMITS']._serialized_end=1004
+  _globals['_JOBLIMITS']._serialized_start=1006
+  _globals['_JOBLIMITS']._serialized_end=1080
+  _globals['_TRAININGLIMITS']._serialized_start=1083
+  _globals['_TRAININGLIMITS']._serialized_end=1446
+  _globals['_LOAD']._serialized_start=1448
+  _globals['_LOAD']._serialized_end=1503
+  _globals['_SERVERINFOSERVICE']._serialized_start=1505
+  _globals['_SERVERINFOSERVICE']._serialized_end=1610
 # @@protoc_insertion_point(module_scope)

@@ -62,6 +62,7 @@ class GetServerInfoResponse(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """The loaded model."""
@@ -82,6 +83,10 @@ class GetServerInfoResponse(_message.Message):
     def training(self) -> Global___TrainingLimits:
         """What a training may ask for; absent where the server was started without a model to learn on."""
 
+    @_builtins.property
+    def jobs(self) -> Global___JobLimits:
+        """What jobs may take up; absent where the server was started without a folder for them."""
+
     def __init__(
         self,
         *,
@@ -90,10 +95,11 @@ class GetServerInfoResponse(_message.Message):
         load: Global___Load | None = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         training: Global___TrainingLimits | None = ...,
+        jobs: Global___JobLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "model", b"model", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "limits", b"limits", "load", b"load", "model", b"model", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "model", b"model", "training", b"training", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "limits", b"limits", "load", b"load", "model", b"model", "training", b"training", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -169,6 +175,11 @@ class RequestLimits(_message.Message):
     MAX_PROMPT_CHARACTERS_FIELD_NUMBER: _builtins.int
     MAX_INFERENCE_STEPS_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_IMAGES_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_REQUESTS_FIELD_NUMBER: _builtins.int
+    MAX_PRIORITY_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_ID_CHARACTERS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_MEMORY_S_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     max_images_per_request: _builtins.int
     """Images."""
     max_side: _builtins.int
@@ -185,6 +196,18 @@ class RequestLimits(_message.Message):
     """Steps."""
     max_queued_images: _builtins.int
     """Images waiting for a slot; more are refused."""
+    max_batch_requests: _builtins.int
+    """Items of a GenerateBatch."""
+    max_priority: _builtins.int
+    """Priority."""
+    max_request_id_characters: _builtins.int
+    """Characters of a `request_id`."""
+    request_id_memory_s: _builtins.float
+    """Seconds for which the answer to a `request_id` is remembered after its end; for less time where
+    there are so many that memory for them runs out.
+    """
+    max_message_bytes: _builtins.int
+    """Bytes of one message, each way."""
     def __init__(
         self,
         *,
@@ -196,14 +219,49 @@ class RequestLimits(_message.Message):
         max_prompt_characters: _builtins.int = ...,
         max_inference_steps: _builtins.int = ...,
         max_queued_images: _builtins.int = ...,
+        max_batch_requests: _builtins.int = ...,
+        max_priority: _builtins.int = ...,
+        max_request_id_characters: _builtins.int = ...,
+        request_id_memory_s: _builtins.float = ...,
+        max_message_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_concepts_per_request", b"max_concepts_per_request", "max_images_per_request", b"max_images_per_request", "max_inference_steps", b"max_inference_steps", "max_inline_concept_bytes", b"max_inline_concept_bytes", "max_pixels", b"max_pixels", "max_prompt_characters", b"max_prompt_characters", "max_queued_images", b"max_queued_images", "max_side", b"max_side"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_requests", b"max_batch_requests", "max_concepts_per_request", b"max_concepts_per_request", "max_images_per_request", b"max_images_per_request", "max_inference_steps", b"max_inference_steps", "max_inline_concept_bytes", b"max_inline_concept_bytes", "max_message_bytes", b"max_message_bytes", "max_pixels", b"max_pixels", "max_priority", b"max_priority", "max_prompt_characters", b"max_prompt_characters", "max_queued_images", b"max_queued_images", "max_request_id_characters", b"max_request_id_characters", "max_side", b"max_side", "request_id_memory_s", b"request_id_memory_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RequestLimits: _TypeAlias = RequestLimits  # noqa: Y015
+
+@_typing.final
+class JobLimits(_message.Message):
+    """What jobs may take up; absent where the server keeps none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_OPEN_JOBS_FIELD_NUMBER: _builtins.int
+    KEEP_S_FIELD_NUMBER: _builtins.int
+    MAX_KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    max_open_jobs: _builtins.int
+    """Jobs of a caller that have not ended; more are refused."""
+    keep_s: _builtins.float
+    """Seconds for which a job is kept after its end."""
+    max_kept_bytes: _builtins.int
+    """Bytes of images that are kept for a caller; beyond, the oldest ended jobs are forgotten."""
+    def __init__(
+        self,
+        *,
+        max_open_jobs: _builtins.int = ...,
+        keep_s: _builtins.float = ...,
+        max_kept_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_s", b"keep_s", "max_kept_bytes", b"max_kept_bytes", "max_open_jobs", b"max_open_jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobLimits: _TypeAlias = JobLimits  # noqa: Y015
 
 @_typing.final
 class TrainingLimits(_message.Message):
