@@ -7,6 +7,7 @@
     |-- UnknownConcept          a name that no stored or inline concept has
     |-- UnknownTraining         an id that no training has
     |-- ConceptExists           the placeholder is taken by other vectors
+    |-- StaleEtag               the name has changed since the caller looked at it
     |-- ConceptMismatch         a sound concept that belongs to another model
     |-- TrainingUnavailable     this server cannot learn; says what it lacks
     |-- TrainingNotEnded        a training that must end first
@@ -20,6 +21,7 @@
     |-- DeploymentFailed        a new bundle could not take over; the old one goes on serving
     |-- StoreError              what is stored cannot be read or written now
     |   |-- StorageFull         no room on the disk
+    |   |   `-- TenantFull      no room in the share of a tenant
     |   `-- ConceptDamaged      a stored concept is not what was stored
     |-- ConfigError             the server cannot run as it was told to
     `-- ProviderUnavailable     the backend that was asked for cannot be had
@@ -97,6 +99,10 @@ class ConceptExists(EngineError):
     """The placeholder token is taken by a concept with other vectors."""
 
 
+class StaleEtag(EngineError):
+    """A stored name has changed since the etag that the caller gave was read."""
+
+
 class ConceptMismatch(EngineError):
     """The concept was learned for another text encoder."""
 
@@ -151,6 +157,10 @@ class StoreError(EngineError):
 
 class StorageFull(StoreError):
     """The disk, or the share of it that the server may use, is full."""
+
+
+class TenantFull(StorageFull):
+    """What a tenant may store, in number or in bytes, is used up."""
 
 
 class ConceptDamaged(StoreError):

@@ -21,7 +21,7 @@ from engine.bundle import Manifest, read_manifest
 from engine.concept_service import ConceptService
 from engine.deployment import Deployment, OpenModel, close_model
 from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
-from engine.errors import ConfigError, DeploymentFailed, EngineError
+from engine.errors import ConfigError, DeploymentFailed, EngineError, StoreError
 from engine.generation import Generation
 from engine.image_job_runner import ImageJobRunner
 from engine.image_job_service import ImageJobService
@@ -32,7 +32,7 @@ from engine.remote_model import open_remote
 from engine.requests import Limits
 from engine.runtime import Runtime
 from engine.service import ImageGenerationService, ServerInfoService
-from engine.store import ConceptStore
+from engine.store import ConceptStore, StoreConfig
 from engine.training_child import worker_command
 from engine.training_config import TrainingConfig
 from engine.training_model import TrainableModel
@@ -60,6 +60,7 @@ SERVICES = (
     server_info_pb2.DESCRIPTOR.services_by_name["ServerInfoService"].full_name,
     TRAINING_SERVICE,
 )
+COLLECT_EVERY_S = 3600.0  # what was deleted from the concept store longer ago than its grace
 # Time for the last statuses to leave, and the end of health watchers, which never end themselves.
 _FLUSH_S = 1.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -79,6 +80,8 @@ class ServerConfig:
     concept_dir: Path | None = None  # None: concepts are forgotten when the server stops
     job_dir: Path | None = None  # None: no jobs are kept
     jobs: JobLimits = field(default_factory=JobLimits)
+    concept_index: str = ""  # postgresql://... in place of SQLite in concept_dir
+    concept_files: str = ""  # a folder or the URL of a file system, in place of concept_dir
     execution_provider: str = "CPUExecutionProvider"
     model_process: bool = True  # the graphs in a process of their own, which may die and come back
     worker: WorkerConfig = field(default_factory=WorkerConfig)  # of that process
@@ -173,6 +176,7 @@ class Server:
         self.generation = ImageGenerationService(self._runtime, self._generation)
         self._jobs = job_store and ImageJobRunner(job_store, self._generation.follow_job)
         self.training = _training_service(self._runtime, config)
+        self._collecting: asyncio.Task[None] | None = None
         # The type stub lacks the asyncio half of the module.
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._health_changes: set[asyncio.Task[None]] = set()
@@ -200,6 +204,7 @@ class Server:
             await self._health.set(name, _SERVING if serves else _NOT_SERVING)
         self._watch_model()
         await self._server.start()
+        self._collecting = asyncio.create_task(_collect_for_ever(self._runtime.store))
         if self._config.listen.startswith("unix:"):
             return self._config.listen
         return f"{self._config.listen.rpartition(':')[0]}:{port}"
@@ -210,6 +215,8 @@ class Server:
         await self._health.enter_graceful_shutdown()
         if self._jobs is not None:
             await self._jobs.stop()
+        if self._collecting is not None:
+            self._collecting.cancel()
         await asyncio.gather(self.generation.drain(grace_s), self.training.stop())
         await asyncio.to_thread(self.deployment.close)
         await self._server.stop(_FLUSH_S)
@@ -321,7 +328,7 @@ async def serve(
     """
     planner, model = await _in_daemon_thread(model_opener(config), config.bundle)
     try:
-        store = await asyncio.to_thread(_open_store, config.concept_dir)
+        store = await asyncio.to_thread(_open_store, config)
         server = Server(planner, store, config, model=model)
     except BaseException:
         close_model(model)
@@ -376,8 +383,31 @@ def _read_manifest(bundle: Path) -> Manifest:
         raise DeploymentFailed(str(error)) from error
 
 
-def _open_store(concept_dir: Path | None) -> ConceptStore:
-    return ConceptStore(concept_dir) if concept_dir else ConceptStore.temporary()
+def _open_store(config: ServerConfig) -> ConceptStore:
+    if config.concept_dir is None and not config.concept_index and not config.concept_files:
+        return ConceptStore.temporary()
+    return ConceptStore(
+        StoreConfig(
+            folder=config.concept_dir, index=config.concept_index, files=config.concept_files
+        )
+    )
+
+
+async def _collect_for_ever(store: ConceptStore) -> None:
+    """Remove what was deleted long enough ago; a store that fails is tried again the next time."""
+    while True:
+        await asyncio.sleep(COLLECT_EVERY_S)
+        try:
+            collected = await asyncio.to_thread(store.collect)
+        except StoreError as error:
+            logger.warning("stored concepts were not collected: %s", error)
+            continue
+        if collected.num_versions or collected.num_files:
+            logger.info(
+                "removed %d deleted versions of concepts and %d files",
+                collected.num_versions,
+                collected.num_files,
+            )
 
 
 def _on_signals(stop: Callable[[], None]) -> None:

@@ -39,6 +39,7 @@ STATUS: dict[type[EngineError], StatusCode] = {
     errors.JobNotEnded: StatusCode.FAILED_PRECONDITION,
     errors.JobsUnavailable: StatusCode.FAILED_PRECONDITION,
     errors.ConceptExists: StatusCode.ALREADY_EXISTS,
+    errors.StaleEtag: StatusCode.ABORTED,
     errors.ConceptMismatch: StatusCode.FAILED_PRECONDITION,
     errors.TrainingUnavailable: StatusCode.FAILED_PRECONDITION,
     errors.TrainingNotEnded: StatusCode.FAILED_PRECONDITION,
@@ -51,6 +52,7 @@ STATUS: dict[type[EngineError], StatusCode] = {
     errors.NumericalError: StatusCode.FAILED_PRECONDITION,
     errors.StoreError: StatusCode.UNAVAILABLE,
     errors.StorageFull: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TenantFull: StatusCode.RESOURCE_EXHAUSTED,
     errors.ConceptDamaged: StatusCode.DATA_LOSS,
     # Raised at start-up only; in an RPC they would be a bug of ours.
     errors.BundleError: StatusCode.INTERNAL,

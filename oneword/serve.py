@@ -15,6 +15,10 @@ _FLAGS = {
     "listen": "address to listen on; port 0 takes a free one",
     "concept_dir": "folder of the stored concepts; without it they are forgotten at the end",
     "job_dir": "folder of the jobs; without it the server keeps none",
+    "concept_index": "database of the stored concepts in place of SQLite in --concept-dir, for "
+    "several servers: postgresql://user@host/database (needs oneword[postgres])",
+    "concept_files": "place of their files in place of --concept-dir: a folder, or a URL such as "
+    "s3://bucket/concepts (needs oneword[fsspec])",
     "execution_provider": "ONNX Runtime execution provider",
     "grace_s": "seconds that requests under way get when the server is told to stop",
 }
@@ -63,7 +67,7 @@ def _add_flags(parser: argparse.ArgumentParser, config: type, flags: dict[str, s
             f"--{name.replace('_', '-')}",
             type=_OPTIONAL_TYPES.get(name, Path) if default is None else type(default),
             default=default,
-            help=summary + ("" if default is None else f" (default: {default})"),
+            help=summary + ("" if default in (None, "") else f" (default: {default})"),
         )
 
 

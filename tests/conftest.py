@@ -1,5 +1,6 @@
 """Options, shape checks and the fixtures that several test files share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from jaxtyping import install_import_hook
 install_import_hook("engine", "beartype.beartype")
 
 from engine.pipeline import Pipeline  # noqa: E402
+from tests.postgres_server import PostgresServer, running_server  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI_MODEL = ROOT / "models" / "emoji"
@@ -41,3 +43,10 @@ def emoji_bundle_path() -> Path:
 def pipeline(emoji_bundle_path: Path) -> Pipeline:
     """The embedded model, loaded once for all tests."""
     return Pipeline.open(emoji_bundle_path)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server of the tests' own, started once; skips where none is installed."""
+    with running_server() as server:
+        yield server

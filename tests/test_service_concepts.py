@@ -7,7 +7,7 @@ from grpc import StatusCode
 
 from engine.concepts import Concept, concept_from_bytes, concept_to_bytes
 from engine.store import ConceptStore, StoredConcept
-from protos.oneword.v1 import concepts_pb2
+from protos.oneword.v1 import concepts_pb2, generation_pb2
 from tests import service_harness
 from tests.fakes import DIM
 from tests.service_harness import SOUND, Harness, code_of, fingerprint_of, import_file, make_concept
@@ -76,7 +76,8 @@ async def test_a_concept_asked_for_by_its_id_has_that_id(
     served: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process replaces the concept after its row was found and before it is read."""
-    other = ConceptStore(served.store._files.parent)
+    assert served.store.folder
+    other = ConceptStore(served.store.folder)
     first, second = make_concept(value=1.0), make_concept(value=2.0)
     read = ConceptStore._read
 
@@ -85,15 +86,29 @@ async def test_a_concept_asked_for_by_its_id_has_that_id(
         return read(self, stored)
 
     monkeypatch.setattr(ConceptStore, "_read", overtaken)
-    for call in (
-        served.concepts.ExportConcept(
-            concepts_pb2.ExportConceptRequest(concept_id=first.concept_id)
-        ),
-        served.concepts.GetConcept(concepts_pb2.GetConceptRequest(concept_id=first.concept_id)),
-    ):
-        served.store.import_concept(first, overwrite=True)
-        assert await code_of(call) == StatusCode.NOT_FOUND
+    served.store.import_concept(first)
+    by_id = concepts_pb2.GetConceptRequest(concept_id=first.concept_id)
+    assert (await served.concepts.GetConcept(by_id)).concept.concept_id == first.concept_id
+    assert other.get("<cat-toy>").concept_id == second.concept_id
+    export = concepts_pb2.ExportConceptRequest(concept_id=first.concept_id)
+    content = (await served.concepts.ExportConcept(export)).content
+    assert concept_from_bytes(content, source="export").concept_id == first.concept_id
     other.close()
+
+
+async def test_versions_and_aliases_are_referred_to_like_names(served: Harness) -> None:
+    for value in (1.0, 2.0):
+        served.store.import_concept(make_concept(value=value), overwrite=True)
+    served.store.set_alias("<cat-toy>", "stable", version=1)
+    first = make_concept(value=1.0).concept_id
+    for reference in ("<cat-toy>@1", "<cat-toy>@stable", f"<cat-toy>@sha256:{first}"):
+        request = concepts_pb2.GetConceptRequest(placeholder_token=reference)
+        assert (await served.concepts.GetConcept(request)).concept.concept_id == first
+        pinned = generation_pb2.ConceptReference(placeholder_token=reference)
+        responses = await served.generate(prompt="a <cat-toy>", concepts=[pinned])
+        assert responses[-1].summary.matched_concepts[0].concept_id == first
+    latest = await served.generate(prompt="a <cat-toy>")
+    assert latest[-1].summary.matched_concepts[0].concept_id == make_concept(value=2.0).concept_id
 
 
 async def test_listing_walks_through_all_pages(served: Harness) -> None:
@@ -164,7 +179,8 @@ async def test_hostile_names_are_kept_as_names_or_refused(served: Harness, token
 
 async def test_a_damaged_stored_concept_is_data_loss(served: Harness) -> None:
     await import_file(served, SOUND)
-    (path,) = served.store._files.iterdir()
+    assert served.store.folder
+    (path,) = (served.store.folder / "files").iterdir()
     path.write_bytes(b"gone")
     error = await served.refusal(prompt="<cat-toy>")
     assert error.code() == StatusCode.DATA_LOSS
