@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from engine.errors import OneWordError
-from engine.plans import CAPABILITIES
+from engine.bundle import MANIFEST
+from engine.bundle_signatures import check_signatures, plan_folders
+from engine.errors import BundleError, OneWordError
+from engine.plans import CAPABILITIES, PLAN_MANIFEST, Target
+from engine.signing import (
+    Ed25519PrivateKey,
+    TrustedKeys,
+    key_id,
+    read_private_key,
+    sign_file,
+)
 from trainer.messages import first_line
 
 if TYPE_CHECKING:
@@ -52,6 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="rtx:SM[,SM...]",
         help="also compile fp16 plans with TensorRT for RTX, no GPU needed; SM of "
         f"{', '.join(CAPABILITIES)}; may be given several times",
+    )
+    parser.add_argument(
+        "--sign-key",
+        type=Path,
+        metavar="FILE",
+        help="sign what is built with this private key (`oneword keys create` makes one)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub model")
     return parser
@@ -98,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     # As an exception, so that the half-built bundle is cleaned away.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        key = None if options.sign_key is None else read_private_key(options.sign_key)
         report = build_bundle(
             options.model,
             options.output,
@@ -106,12 +122,31 @@ def main(arguments: list[str] | None = None) -> int:
             revision=options.revision,
             progress=Progress(),
         )
+        if key is not None:
+            sign_report(report, key)
     except (OneWordError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
         return fail("interrupted; nothing was published", code=130)  # as shells say of SIGINT
     print(describe(report))
     return 0
+
+
+def sign_report(report: "BuildReport", key: Ed25519PrivateKey) -> None:
+    """Sign what this run has built. What lay there before is not vouched for unseen."""
+    made = {Target.parse(target).folder for target in report.compiled}
+    if report.was_built:
+        sign_file(report.path / MANIFEST, key, name=MANIFEST)
+    for folder in plan_folders(report.path):
+        if folder.name in made:
+            sign_file(folder / PLAN_MANIFEST, key, name=PLAN_MANIFEST)
+    try:
+        check_signatures(report.path, TrustedKeys({key_id(key.public_key()): key.public_key()}))
+    except BundleError as error:
+        raise BundleError(
+            f"built earlier, and so not signed now: {error}. If you trust what lies there, sign it "
+            f"with `oneword keys sign {report.path}`; else build into a new folder"
+        ) from error
 
 
 def describe(report: "BuildReport") -> str:

@@ -1,11 +1,13 @@
 """Many requests in one call: some at a time, each ending on its own."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 from engine.errors import InvalidRequest, QueueFull
-from engine.status import failure_of
+from engine.log_lines import describe_fault
+from engine.status import failure_of, is_internal
 from protos.oneword.v1.generation_pb2 import (
     GenerateBatchRequest,
     GenerateBatchResponse,
@@ -18,6 +20,8 @@ MAX_BATCH_REQUESTS = 256
 # others.
 CONCURRENT_ITEMS = 16
 _MAX_WAIT_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 Follow = Callable[[GenerateRequest, str], AsyncGenerator[GenerateResponse]]
 
@@ -70,6 +74,8 @@ async def _events(
             async for response in responses:
                 yield GenerateBatchResponse(index=index, response=response)
     except Exception as error:
+        if is_internal(error):
+            logger.error("request %s failed: %s", name, describe_fault(error))
         yield GenerateBatchResponse(index=index, failure=failure_of(error, name))
 
 

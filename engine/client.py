@@ -9,8 +9,9 @@ from typing import Any
 import grpc
 from grpc_status import rpc_status
 
+from engine.client_channel import ClientSecurity, open_channel
 from engine.concepts import FileFormat
-from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
+from engine.endpoint import DEFAULT_ADDRESS
 from engine.errors import OneWordError
 from engine.training_client import TrainingClient
 from protos.oneword.v1 import (
@@ -48,17 +49,17 @@ class GenerationResult:
 class Client:
     """A connection to one server. Every method raises `ServerError`; use it in a `with` block."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
-        """`timeout_s` is the deadline of every call; None: no deadline."""
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float | None = None,
+        security: ClientSecurity | None = None,
+    ) -> None:
+        """`timeout_s` is the deadline of every call; None: no deadline. Raises `ConfigError`."""
         self._address = address
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ],
-        )
+        self._channel = open_channel(address, security or ClientSecurity())
         self._generation = generation_pb2_grpc.ImageGenerationServiceStub(self._channel)
         self._concepts = concepts_pb2_grpc.ConceptServiceStub(self._channel)
         self._server_info = server_info_pb2_grpc.ServerInfoServiceStub(self._channel)

@@ -1,6 +1,7 @@
 """The servicer of the stored concepts."""
 
 from engine import wire
+from engine.callers import current_caller
 from engine.concepts import Concept, check_fits, concept_from_bytes, concept_to_bytes
 from engine.errors import ConceptUnreadable, InvalidRequest
 from engine.paging import checked_page_size, key_of, page_token
@@ -22,35 +23,37 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
         self, request: concepts_pb2.ImportConceptRequest, context: Context
     ) -> concepts_pb2.ImportConceptResponse:
         async with guarded(context):
-            return await self._runtime.in_pool(self._import, request)
+            return await self._runtime.in_pool(self._import, request, current_caller().tenant)
 
     async def GetConcept(
         self, request: concepts_pb2.GetConceptRequest, context: Context
     ) -> concepts_pb2.GetConceptResponse:
         async with guarded(context):
-            return await self._runtime.in_pool(self._get, request)
+            return await self._runtime.in_pool(self._get, request, current_caller().tenant)
 
     async def ListConcepts(
         self, request: concepts_pb2.ListConceptsRequest, context: Context
     ) -> concepts_pb2.ListConceptsResponse:
         async with guarded(context):
-            return await self._runtime.in_pool(self._list, request)
+            return await self._runtime.in_pool(self._list, request, current_caller().tenant)
 
     async def DeleteConcept(
         self, request: concepts_pb2.DeleteConceptRequest, context: Context
     ) -> concepts_pb2.DeleteConceptResponse:
         async with guarded(context):
-            await self._runtime.in_pool(self._runtime.store.delete, request.placeholder_token)
+            tenant = current_caller().tenant
+            delete = self._runtime.store.delete
+            await self._runtime.in_pool(delete, request.placeholder_token, tenant=tenant)
             return concepts_pb2.DeleteConceptResponse()
 
     async def ExportConcept(
         self, request: concepts_pb2.ExportConceptRequest, context: Context
     ) -> concepts_pb2.ExportConceptResponse:
         async with guarded(context):
-            return await self._runtime.in_pool(self._export, request)
+            return await self._runtime.in_pool(self._export, request, current_caller().tenant)
 
     def _import(
-        self, request: concepts_pb2.ImportConceptRequest
+        self, request: concepts_pb2.ImportConceptRequest, tenant: str
     ) -> concepts_pb2.ImportConceptResponse:
         try:
             concept = concept_from_bytes(
@@ -63,18 +66,26 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
             raise
         manifest = self._runtime.pipeline.bundle.manifest
         check_fits(concept, manifest.text, text_2=manifest.text_2, model_name=manifest.model_name)
-        stored, changed = self._runtime.store.import_concept(concept, overwrite=request.overwrite)
+        stored, changed = self._runtime.store.import_concept(
+            concept, overwrite=request.overwrite, tenant=tenant
+        )
         return concepts_pb2.ImportConceptResponse(
             concept=wire.concept_to_proto(stored), changed=changed
         )
 
-    def _get(self, request: concepts_pb2.GetConceptRequest) -> concepts_pb2.GetConceptResponse:
-        stored, concept = self._load(request)
+    def _get(
+        self, request: concepts_pb2.GetConceptRequest, tenant: str
+    ) -> concepts_pb2.GetConceptResponse:
+        stored, concept = self._load(request, tenant)
         return concepts_pb2.GetConceptResponse(concept=wire.concept_to_proto(stored, concept))
 
-    def _list(self, request: concepts_pb2.ListConceptsRequest) -> concepts_pb2.ListConceptsResponse:
+    def _list(
+        self, request: concepts_pb2.ListConceptsRequest, tenant: str
+    ) -> concepts_pb2.ListConceptsResponse:
         page_size = checked_page_size(request.page_size)
-        found = self._runtime.store.list(limit=page_size + 1, after=key_of(request.page_token))
+        found = self._runtime.store.list(
+            limit=page_size + 1, after=key_of(request.page_token), tenant=tenant
+        )
         page = found[:page_size]
         return concepts_pb2.ListConceptsResponse(
             concepts=[wire.concept_to_proto(stored) for stored in page],
@@ -84,20 +95,20 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
         )
 
     def _export(
-        self, request: concepts_pb2.ExportConceptRequest
+        self, request: concepts_pb2.ExportConceptRequest, tenant: str
     ) -> concepts_pb2.ExportConceptResponse:
         file_format = wire.concept_format_from_proto(request.format)
-        _, concept = self._load(request)
+        _, concept = self._load(request, tenant)
         return concepts_pb2.ExportConceptResponse(
             content=concept_to_bytes(concept, file_format),
             placeholder_token=concept.placeholder_token,
         )
 
-    def _load(self, request: KeyedRequest) -> tuple[StoredConcept, Concept]:
+    def _load(self, request: KeyedRequest, tenant: str) -> tuple[StoredConcept, Concept]:
         key = request.WhichOneof("key")
         if key is None:
             raise InvalidRequest(
                 "no concept is named; give placeholder_token or concept_id",
                 field="placeholder_token",
             )
-        return self._runtime.store.load(key, getattr(request, key))
+        return self._runtime.store.load(key, getattr(request, key), tenant=tenant)

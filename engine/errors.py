@@ -12,6 +12,9 @@
     |-- TrainingUnavailable     this server cannot learn; says what it lacks
     |-- TrainingNotEnded        a training that must end first
     |-- QueueFull               no room: try again later
+    |-- Unauthenticated         the caller is not known
+    |-- PermissionDenied        the caller is known, and may not do this
+    |-- RateLimited             the caller's tenant has used up its share: try again later
     |-- DeadlineExceeded        the caller's deadline has passed
     |-- Cancelled               the caller went away
     |-- ShuttingDown            the server is draining
@@ -117,6 +120,29 @@ class TrainingNotEnded(EngineError):
 
 class QueueFull(EngineError):
     """The bounded queue has no room; `retry_after_s` is when it may have."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unauthenticated(EngineError):
+    """No credentials, or none that count. Which it is, `reason` tells the log, and nobody else."""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(
+            "this call needs valid credentials: the header `authorization: Bearer TOKEN`, or a "
+            "client certificate that the server knows"
+        )
+        self.reason = reason
+
+
+class PermissionDenied(EngineError):
+    """The caller's credentials lack the scope that the call needs."""
+
+
+class RateLimited(EngineError):
+    """The tenant has used up its rate or its calls at once; come back after `retry_after_s`."""
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)

@@ -32,11 +32,28 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
-def _write_and_rename(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes) -> None:
+    """The same for a file with secrets: for its owner alone, from its first moment on.
+
+    A file that is there keeps its owner, so that root can write what a service reads.
+    """
+    path = path.resolve()  # a link stays a link
+    try:
+        owner = path.stat() if path.exists() else None
+        _write_and_rename(path, content, mode=0o600, owner=owner)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def _write_and_rename(
+    path: Path, content: bytes, *, mode: int = 0o666, owner: os.stat_result | None = None
+) -> None:
     # Not tempfile.mkstemp: its files are private, and the result should follow the umask.
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("xb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            if owner is not None and (owner.st_uid, owner.st_gid) != (os.getuid(), os.getgid()):
+                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

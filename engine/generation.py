@@ -94,6 +94,7 @@ class Generation:
             request,
             store=self._runtime.store,
             limits=limits,
+            tenant=tenant,
             default_seed=seed_of(tenant, request.request_id) if request.request_id else None,
         )
         return wire.Replies(

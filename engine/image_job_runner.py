@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from engine.errors import QueueFull, ShuttingDown, StoreError, WorkerDied
 from engine.image_jobs import ImageJob, ImageJobStore, Status
+from engine.log_lines import describe_fault
 from engine.requests import MAX_SEED
 from engine.status import failure_of, is_internal
 from protos.oneword.v1.generation_pb2 import GenerateRequest, GenerateResponse, ImageResult, Summary
@@ -150,7 +151,7 @@ class ImageJobRunner:
             await self._again(running.job, error)
         except Exception as error:
             if is_internal(error):
-                logger.exception("job %s failed", job_id)
+                logger.error("job %s failed: %s", job_id, describe_fault(error))
             failure = failure_of(error, job_id).SerializeToString()
             await self._end(job_id, "failed", failure=failure)
         finally:

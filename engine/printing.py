@@ -8,9 +8,13 @@ def printable(text: object) -> str:
 
     Escaped too is what the terminal's encoding lacks, and bytes of a file name that are no UTF-8.
     """
-    escaped = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in str(text)
-    )
     encoding = sys.stdout.encoding or "utf-8"
-    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+    return escaped(str(text)).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def escaped(text: str) -> str:
+    """Text with escapes for line ends, terminal commands and marks that turn the writing round."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )

@@ -1,12 +1,13 @@
 """The server: a model, a batcher and a concept store behind gRPC, from start to drained stop."""
 
 import asyncio
-import ipaddress
 import logging
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,13 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from engine.authentication import Authentication
 from engine.batcher import Batcher, BatcherConfig, Model
 from engine.bundle import Manifest, read_manifest
+from engine.bundle_signatures import check_bundle
 from engine.concept_service import ConceptService
+from engine.credential_source import CredentialSource
+from engine.credentials import read_credentials
 from engine.deployment import Deployment, OpenModel, close_model
 from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
 from engine.errors import ConfigError, DeploymentFailed, EngineError, StoreError
@@ -31,8 +36,10 @@ from engine.planner import Planner
 from engine.remote_model import open_remote
 from engine.requests import Limits
 from engine.runtime import Runtime
+from engine.security_config import SecurityConfig, check_listen
 from engine.service import ImageGenerationService, ServerInfoService
 from engine.store import ConceptStore, StoreConfig
+from engine.tls import Certificates
 from engine.training_child import worker_command
 from engine.training_config import TrainingConfig
 from engine.training_model import TrainableModel
@@ -63,6 +70,8 @@ SERVICES = (
 COLLECT_EVERY_S = 3600.0  # what was deleted from the concept store longer ago than its grace
 # Time for the last statuses to leave, and the end of health watchers, which never end themselves.
 _FLUSH_S = 1.0
+# A connection is checked when it is made: made anew, it is checked against what counts by then.
+_TLS_OPTIONS = (("grpc.max_connection_age_ms", 3_600_000),)
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -77,6 +86,7 @@ class ServerConfig:
     bundle: Path
     listen: str = DEFAULT_ADDRESS  # host:port, port 0 for a free one; or unix:PATH
     insecure: bool = False  # listen beyond this machine, without TLS or authentication
+    security: SecurityConfig = field(default_factory=SecurityConfig)
     concept_dir: Path | None = None  # None: concepts are forgotten when the server stops
     job_dir: Path | None = None  # None: no jobs are kept
     jobs: JobLimits = field(default_factory=JobLimits)
@@ -96,7 +106,7 @@ class ServerConfig:
     reflection: bool = True
 
     def __post_init__(self) -> None:
-        _check_listen(self.listen, insecure=self.insecure)
+        check_listen(self.listen, self.security, insecure=self.insecure)
         if self.training.training_model is not None and self.training_dir is None:
             raise ConfigError(
                 "a server that learns must keep what it learned; give it a concept_dir, or a "
@@ -117,33 +127,6 @@ class ServerConfig:
         return self.concept_dir.with_name(f"{self.concept_dir.name}-training")
 
 
-def _check_listen(address: str, *, insecure: bool) -> None:
-    if address.startswith("unix:"):
-        return
-    host, colon, port = address.rpartition(":")
-    is_port = port.isascii() and port.isdigit() and int(port) < 1 << 16
-    # gRPC reads ::1:0 as one long address, so a host with colons must have its brackets.
-    is_host = ":" not in host or (host.startswith("[") and host.endswith("]"))
-    if not (colon and is_port and is_host):
-        raise ConfigError(
-            "listen must be host:port with a port of 0 to 65535 (IPv6 as [::1]:50051), "
-            f"or unix:PATH, got {address!r}"
-        )
-    if not insecure and not _is_loopback(host.strip("[]")):
-        raise ConfigError(
-            f"listening on {address} would open this server to the network without TLS or "
-            f"authentication; listen on 127.0.0.1:{port} behind a proxy that has them, or say "
-            "insecure if the network is trusted"
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name that may resolve to anything
-        return False
-
-
 class Server:
     """A model behind a port. Owns it, the batcher and the store: `stop` closes all."""
 
@@ -162,6 +145,15 @@ class Server:
         self._config = config
         # First: a folder that cannot be used must leave nothing behind.
         job_store = ImageJobStore(config.job_dir, config.jobs) if config.job_dir else None
+        security = config.security
+        # Before anything is owned: files that cannot be used must leave nothing behind.
+        self._tls = (
+            certificates.server_credentials()
+            if (certificates := Certificates.of(security))
+            else None
+        )
+        self._credentials = CredentialSource(security.credentials) if security.credentials else None
+        self._following: asyncio.Task[None] | None = None
         self._pool = ThreadPoolExecutor(config.host_threads, thread_name_prefix="host")
         self.deployment = Deployment(
             planner, model, config.batcher, open_model=model_opener(config)
@@ -180,6 +172,7 @@ class Server:
         # The type stub lacks the asyncio half of the module.
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._health_changes: set[asyncio.Task[None]] = set()
+        self._authentication = _authentication(self._credentials, security)
         self._server = self._make_server()
 
     @property
@@ -189,15 +182,13 @@ class Server:
 
     async def start(self) -> str:
         """Listen and serve; returns the address with the port that was bound."""
-        try:
-            port = self._server.add_insecure_port(self._config.listen)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {self._config.listen}: the address is in use or is not one of "
-                "this machine; stop the other server, or choose another port (0: any free one)"
-            ) from error
+        port = self._bind()
         if self._jobs is not None:
             await self._jobs.start()
+        if self._credentials is not None and self._authentication is not None:
+            self._following = asyncio.create_task(
+                self._credentials.follow(self._authentication.recheck), name="credentials"
+            )
         learns = await self.training.start()
         for name in ("", *SERVICES):
             serves = learns or name != TRAINING_SERVICE
@@ -219,6 +210,8 @@ class Server:
             self._collecting.cancel()
         await asyncio.gather(self.generation.drain(grace_s), self.training.stop())
         await asyncio.to_thread(self.deployment.close)
+        if self._following is not None:
+            self._following.cancel()
         await self._server.stop(_FLUSH_S)
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
         self._runtime.store.close()
@@ -257,9 +250,24 @@ class Server:
             self._health_changes.add(task)
             task.add_done_callback(self._health_changes.discard)
 
+    def _bind(self) -> int:
+        """Take the address; returns its port."""
+        listen = self._config.listen
+        try:
+            with _private_files(listen.startswith("unix:")):
+                if self._tls is not None:
+                    return self._server.add_secure_port(listen, self._tls)
+                return self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {listen}: the address is in use or is not one of this machine; "
+                "stop the other server, or choose another port (0: any free one)"
+            ) from error
+
     def _make_server(self) -> grpc.aio.Server:
         limit = self._config.max_message_bytes
         server = grpc.aio.server(
+            interceptors=[self._authentication] if self._authentication else [],
             maximum_concurrent_rpcs=self._config.max_concurrent_rpcs,
             options=[
                 ("grpc.max_receive_message_length", limit),
@@ -267,6 +275,7 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a second server on a port must fail, not share it
                 ("grpc.keepalive_time_ms", 60_000),  # a caller that vanished frees its slot
                 ("grpc.keepalive_timeout_ms", 20_000),
+                *(_TLS_OPTIONS if self._tls is not None else ()),
             ],
         )
         generation_pb2_grpc.add_ImageGenerationServiceServicer_to_server(self.generation, server)
@@ -300,6 +309,33 @@ class Server:
         return server
 
 
+def _authentication(
+    source: CredentialSource | None, security: SecurityConfig
+) -> Authentication | None:
+    """None where everybody who reaches the server may do everything."""
+    if source is None:
+        return None
+    return Authentication(
+        source,
+        certificates=security.tls_client_ca is not None,
+        open_methods=security.open_methods,
+    )
+
+
+@contextmanager
+def _private_files(private: bool) -> Generator[None]:
+    """Files made meanwhile are for this user alone, from their first moment on.
+
+    Those of other threads too: a umask is the whole process's.
+    """
+    before = os.umask(0o177) if private else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.umask(before)
+
+
 def _training_service(runtime: Runtime, config: ServerConfig) -> TrainingService:
     """Trainings in a folder beside the stored concepts; refusals only, where no model is given."""
     training, folder = config.training, config.training_dir
@@ -326,6 +362,7 @@ async def serve(
 
     `on_ready` is told the address once the server listens.
     """
+    await asyncio.to_thread(_check_files, config)
     planner, model = await _in_daemon_thread(model_opener(config), config.bundle)
     try:
         store = await asyncio.to_thread(_open_store, config)
@@ -338,6 +375,8 @@ async def serve(
         address = await server.start()
         _on_signals(told_to_stop.set)
         logger.info("serving %s on %s", planner.bundle.manifest.model_name, address)
+        if config.insecure:
+            logger.warning("insecure: whoever reaches %s may not be asked who it is", address)
         on_ready(address)
         await told_to_stop.wait()
         logger.info("stopping; requests under way have %g s", config.grace_s)
@@ -352,8 +391,16 @@ def model_opener(config: ServerConfig) -> OpenModel:
         "limits": config.limits,
     }
     if config.model_process:
-        return partial(open_remote, config=config.worker, **settings)
-    return partial(_open_here, **settings)
+        opens: OpenModel = partial(open_remote, config=config.worker, **settings)
+    else:
+        opens = partial(_open_here, **settings)
+
+    def open_trusted(bundle: Path) -> tuple[Planner, Model[Any]]:
+        if config.security.trusted_keys:
+            check_bundle(bundle, config.security.trusted_keys)
+        return opens(bundle)
+
+    return open_trusted
 
 
 async def _in_daemon_thread(function: Callable[[Path], T], bundle: Path) -> T:
@@ -408,6 +455,15 @@ async def _collect_for_ever(store: ConceptStore) -> None:
                 collected.num_versions,
                 collected.num_files,
             )
+
+
+def _check_files(config: ServerConfig) -> None:
+    """Refuse what cannot be used before time goes into loading a model."""
+    security = config.security
+    if certificates := Certificates.of(security):
+        certificates.read()
+    if security.credentials is not None:
+        read_credentials(security.credentials)
 
 
 def _on_signals(stop: Callable[[], None]) -> None:

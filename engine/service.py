@@ -23,6 +23,7 @@ from engine.errors import Cancelled, ShuttingDown
 from engine.executions import MAX_REQUEST_ID_CHARACTERS
 from engine.generation import MAX_PRIORITY, Generation, collect
 from engine.image_jobs import JobLimits
+from engine.log_lines import describe_fault
 from engine.prompt_syntax import MAX_PROMPT_CHARACTERS
 from engine.runtime import Runtime
 from engine.samplers import MAX_INFERENCE_STEPS
@@ -55,7 +56,8 @@ async def guarded(context: Context) -> AsyncGenerator[str]:
         yield request_id
     except Exception as error:
         if is_internal(error):
-            logger.exception("request %s failed", request_id)
+            logger.error("request %s failed: %s", request_id, describe_fault(error))
+            logger.debug("request %s failed", request_id, exc_info=error)
         status = status_of(error, request_id)
         await context.abort(status.code, status.details or "", status.trailing_metadata or ())
 

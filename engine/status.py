@@ -3,7 +3,9 @@
 The details are those of google/rpc/error_details.proto, in the trailer `grpc-status-details-bin`.
 """
 
+import math
 import re
+from dataclasses import dataclass
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -18,6 +20,7 @@ from engine.errors import (
     EngineError,
     InvalidRequest,
     QueueFull,
+    RateLimited,
     UnknownConcept,
     UnknownJob,
     UnknownTraining,
@@ -25,6 +28,7 @@ from engine.errors import (
 from protos.oneword.v1 import generation_pb2
 
 DOMAIN = "oneword"
+PUSHBACK = "grpc-retry-pushback-ms"
 # Text of callers comes back in errors; trailers beyond some 8 KiB would break the connection.
 MAX_MESSAGE_BYTES = 800
 
@@ -44,6 +48,9 @@ STATUS: dict[type[EngineError], StatusCode] = {
     errors.TrainingUnavailable: StatusCode.FAILED_PRECONDITION,
     errors.TrainingNotEnded: StatusCode.FAILED_PRECONDITION,
     errors.QueueFull: StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: StatusCode.PERMISSION_DENIED,
+    errors.RateLimited: StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
     errors.Cancelled: StatusCode.CANCELLED,
     errors.ShuttingDown: StatusCode.UNAVAILABLE,
@@ -78,9 +85,27 @@ def status_of(error: Exception, request_id: str) -> grpc.Status:
         message = _internal(request_id)
     details.append(error_details_pb2.RequestInfo(request_id=request_id))
     number: int = code.value[0]
-    return rpc_status.to_status(
+    status = rpc_status.to_status(
         Status(code=number, message=message, details=[_pack(detail) for detail in details])
     )
+    trailers = (*(status.trailing_metadata or ()), *_pushback(error))
+    return _CallStatus(status.code, status.details, trailers)
+
+
+@dataclass(frozen=True)
+class _CallStatus(grpc.Status):
+    code: StatusCode  # pyright: ignore[reportIncompatibleVariableOverride]
+    details: str | None  # pyright: ignore[reportIncompatibleVariableOverride]
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+def _pushback(error: Exception) -> tuple[tuple[str, str], ...]:
+    """When a client that retries by itself is to do so (gRFC A6); programs read RetryInfo."""
+    match error:
+        case QueueFull(retry_after_s=retry_after_s) | RateLimited(retry_after_s=retry_after_s):
+            return ((PUSHBACK, str(math.ceil(retry_after_s * 1e3))),)
+        case _:
+            return ()
 
 
 def failure_of(error: Exception, request_id: str) -> generation_pb2.Failure:
@@ -115,9 +140,9 @@ def _details(error: EngineError) -> list[Message]:
                 field=_API_FIELDS.get(field, field), description=_clip(str(error))
             )
             return [error_details_pb2.BadRequest(field_violations=[violation])]
-        case QueueFull(retry_after_s=retry_after_s):
+        case QueueFull(retry_after_s=retry_after_s) | RateLimited(retry_after_s=retry_after_s):
             retry = error_details_pb2.RetryInfo()
-            retry.retry_delay.FromMilliseconds(round(retry_after_s * 1e3))
+            retry.retry_delay.FromMilliseconds(math.ceil(retry_after_s * 1e3))
             return [retry]
         case UnknownConcept(placeholder_token=token):
             return [_resource("concept", token)]

@@ -3,8 +3,8 @@
 `spec.json` is written once, when the training is created; `state.json` by the server alone; the
 rest by the learning process. The images are named by their index and the SHA-256 of their content,
 their masks and captions as the trainer looks for them beside an image, so that nothing a caller
-chooses becomes a path. A field that a later version adds (an owner, say) needs a default: records
-without it are then read as before.
+chooses becomes a path. A field that a later version adds needs a default: records without it are
+then read as before.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from engine.errors import StorageFull, StoreError
 from engine.files import is_full, sync_path, write_atomically
+from engine.store import DEFAULT_TENANT
 from engine.training_reports import Progress, Skipped
 from engine.training_spec import TrainingSpec
 
@@ -47,6 +48,7 @@ class TrainingRecord:
     create_time: float  # seconds since the epoch, UTC
     spec: TrainingSpec
     images: tuple[UploadedImage, ...]
+    tenant: str = DEFAULT_TENANT  # whose it is; records of before there were tenants lack it
 
     def asks_the_same_as(self, spec: TrainingSpec, images: tuple[UploadedImage, ...]) -> bool:
         """Whether another request is this one once more."""

@@ -34,12 +34,12 @@ class Intake:
         self._uploads = 0
         self._creations: set[asyncio.Task[Job]] = set()  # asyncio itself holds no strong reference
 
-    async def receive(self, requests: Requests, supervisor: Supervisor) -> Job:
+    async def receive(self, requests: Requests, supervisor: Supervisor, tenant: str) -> Job:
         """The training of an upload; nothing stays of one that fails or breaks off."""
         with self._counted(supervisor.config.limits.max_uploads):
-            upload, spec = await self._upload(requests, supervisor)
+            upload, spec = await self._upload(requests, supervisor, tenant)
             # From here on the training comes to be, even if the caller goes away.
-            creation = asyncio.create_task(supervisor.create(upload, spec))
+            creation = asyncio.create_task(supervisor.create(upload, spec, tenant))
             self._creations.add(creation)
             creation.add_done_callback(self._created)
             return await asyncio.shield(creation)
@@ -58,12 +58,12 @@ class Intake:
             self._uploads -= 1
 
     async def _upload(
-        self, requests: Requests, supervisor: Supervisor
+        self, requests: Requests, supervisor: Supervisor, tenant: str
     ) -> tuple[Upload, TrainingSpec]:
         timeout_s = supervisor.config.upload_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                spec = await self._receive_spec(requests, supervisor)
+                spec = await self._receive_spec(requests, supervisor, tenant)
                 upload = await supervisor.begin_upload()
                 try:
                     await self._receive_images(requests, upload)
@@ -82,15 +82,18 @@ class Intake:
         if not creation.cancelled():
             creation.exception()  # told to the caller, if it is still there
 
-    async def _receive_spec(self, requests: Requests, supervisor: Supervisor) -> TrainingSpec:
+    async def _receive_spec(
+        self, requests: Requests, supervisor: Supervisor, tenant: str
+    ) -> TrainingSpec:
         request = await self._next(requests)
         if request is None or not request.HasField("spec"):
             raise InvalidRequest("the first message must be the spec", field="spec")
         spec = spec_from_proto(request.spec)
         check_spec(spec, supervisor.config.limits)
-        supervisor.check_room(spec)
-        if not spec.overwrite and not supervisor.knows(spec.request_id):
-            await self._runtime.in_pool(_check_free, self._runtime.store, spec.placeholder_token)
+        supervisor.check_room(spec, tenant)
+        if not spec.overwrite and not supervisor.knows(spec.request_id, tenant):
+            token, store = spec.placeholder_token, self._runtime.store
+            await self._runtime.in_pool(_check_free, store, token, tenant)
         return spec
 
     async def _receive_images(self, requests: Requests, upload: Upload) -> None:
@@ -147,10 +150,10 @@ async def read_to_the_end(requests: Requests) -> AsyncGenerator[None]:
         raise
 
 
-def _check_free(store: ConceptStore, placeholder_token: str) -> None:
+def _check_free(store: ConceptStore, placeholder_token: str, tenant: str) -> None:
     """Refuse a name that is taken before hours are spent on learning it."""
     try:
-        stored = store.get(placeholder_token)
+        stored = store.get(placeholder_token, tenant=tenant)
     except UnknownConcept:
         return
     raise ConceptExists(

@@ -5,6 +5,7 @@ import logging
 from contextlib import suppress
 from pathlib import Path
 
+from engine.callers import current_caller
 from engine.concepts import check_fits, concept_from_bytes, read_concept_file
 from engine.errors import InvalidRequest, ShuttingDown, TrainingUnavailable
 from engine.paging import checked_page_size, key_of, page_token
@@ -13,11 +14,10 @@ from engine.runtime import Runtime
 from engine.service import Context, guarded, write_in_time
 from engine.store import ConceptStore
 from engine.training_config import TrainingConfig
-from engine.training_folder import TrainingFolder, storage_errors
+from engine.training_folder import TrainingFolder, TrainingRecord, storage_errors
 from engine.training_intake import Intake, Requests, read_to_the_end
 from engine.training_job import Job
 from engine.training_model import TrainableModel
-from engine.training_spec import TrainingSpec
 from engine.training_supervisor import Supervisor
 from engine.training_wire import training_to_proto
 from protos.oneword.v1 import training_pb2, training_pb2_grpc
@@ -68,16 +68,16 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         self, request_iterator: Requests, context: Context
     ) -> training_pb2.CreateTrainingResponse:
         async with guarded(context), read_to_the_end(request_iterator):
-            supervisor = self._learner()
+            supervisor, tenant = self._learner(), current_caller().tenant
             await self._check_model()
-            job = await self._intake.receive(request_iterator, supervisor)
+            job = await self._intake.receive(request_iterator, supervisor, tenant)
             return training_pb2.CreateTrainingResponse(training=self._describe(job))
 
     async def GetTraining(
         self, request: training_pb2.GetTrainingRequest, context: Context
     ) -> training_pb2.GetTrainingResponse:
         async with guarded(context):
-            job = self._learner().get(request.training_id)
+            job = self._learner().get(request.training_id, current_caller().tenant)
             return training_pb2.GetTrainingResponse(
                 training=self._describe(job),
                 concept_file=await self._result(job),
@@ -89,13 +89,14 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     ) -> None:
         async with guarded(context):
             supervisor = self._learner()
-            await self._watch(supervisor, supervisor.get(request.training_id), context)
+            job = supervisor.get(request.training_id, current_caller().tenant)
+            await self._watch(supervisor, job, context)
 
     async def CancelTraining(
         self, request: training_pb2.CancelTrainingRequest, context: Context
     ) -> training_pb2.CancelTrainingResponse:
         async with guarded(context):
-            job = await self._learner().cancel(request.training_id)
+            job = await self._learner().cancel(request.training_id, current_caller().tenant)
             return training_pb2.CancelTrainingResponse(training=self._describe(job))
 
     async def ListTrainings(
@@ -104,7 +105,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         async with guarded(context):
             page_size = checked_page_size(request.page_size)
             before = _list_key(key_of(request.page_token))
-            jobs = sorted(self._learner().jobs, key=_key, reverse=True)
+            jobs = sorted(self._learner().jobs_of(current_caller().tenant), key=_key, reverse=True)
             found = [job for job in jobs if before is None or _key(job) < before]
             page = found[:page_size]
             return training_pb2.ListTrainingsResponse(
@@ -116,7 +117,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.DeleteTrainingRequest, context: Context
     ) -> training_pb2.DeleteTrainingResponse:
         async with guarded(context):
-            await self._learner().delete(request.training_id)
+            await self._learner().delete(request.training_id, current_caller().tenant)
             return training_pb2.DeleteTrainingResponse()
 
     def _learner(self) -> Supervisor:
@@ -160,14 +161,14 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
 
 
 def publish(
-    folder: TrainingFolder, spec: TrainingSpec, pipeline: Planner, store: ConceptStore
+    folder: TrainingFolder, record: TrainingRecord, pipeline: Planner, store: ConceptStore
 ) -> str:
-    """Store the concept of a training as an import would; returns its id."""
+    """Store the concept of a training as an import of its tenant would; returns its id."""
     content = read_concept_file(folder.concept)
     concept = concept_from_bytes(content, source="the learned concept")
     manifest = pipeline.bundle.manifest
     check_fits(concept, manifest.text, text_2=manifest.text_2, model_name=manifest.model_name)
-    stored, _ = store.import_concept(concept, overwrite=spec.overwrite)
+    stored, _ = store.import_concept(concept, overwrite=record.spec.overwrite, tenant=record.tenant)
     return stored.concept_id
 
 

@@ -40,8 +40,8 @@ _SERVER_DIED = (
     "the server died during the last of them; if that is for want of memory, ask for a smaller "
     "batch_size"
 )
-# Stores the concept of a training and returns its id; raises an `OneWordError`.
-Publish = Callable[[TrainingFolder, TrainingSpec], str]
+# Stores the concept of a training, for its tenant, and returns its id; raises an `OneWordError`.
+Publish = Callable[[TrainingFolder, TrainingRecord], str]
 
 
 class Supervisor:
@@ -103,14 +103,14 @@ class Supervisor:
 
     # What callers ask for
 
-    def check_room(self, spec: TrainingSpec) -> None:
+    def check_room(self, spec: TrainingSpec, tenant: str) -> None:
         """Raise unless a new training with this spec would be taken now.
 
         A request id that is known always is: it is answered with the training that it made.
         """
         if self._stopping:
             raise ShuttingDown("the server is shutting down; try again when it is back")
-        if self._made_by(spec.request_id):
+        if self._made_by(spec.request_id, tenant):
             return
         active = [job for job in self._jobs.values() if not job.state.has_ended]
         queued = sum(job.state.status == "queued" for job in active)
@@ -121,34 +121,36 @@ class Supervisor:
                 retry_after_s=_RETRY_AFTER_S,
             )
         for job in active:
-            if job.record.spec.placeholder_token == spec.placeholder_token and not spec.overwrite:
+            taken = job.record.spec.placeholder_token == spec.placeholder_token
+            if taken and job.record.tenant == tenant and not spec.overwrite:
                 raise ConceptExists(
                     f"{spec.placeholder_token!r} is being learned by training {job.training_id}; "
                     "choose another placeholder token, or overwrite it"
                 )
 
-    def knows(self, request_id: str) -> bool:
+    def knows(self, request_id: str, tenant: str) -> bool:
         """Whether a training was made by a request of this id."""
-        return self._made_by(request_id) is not None
+        return self._made_by(request_id, tenant) is not None
 
     async def begin_upload(self) -> Upload:
         return await asyncio.to_thread(self._store.begin_upload)
 
-    async def create(self, upload: Upload, spec: TrainingSpec) -> Job:
+    async def create(self, upload: Upload, spec: TrainingSpec, tenant: str) -> Job:
         """Make a training of a finished upload, or find the one that this request made before.
 
         The upload is this call's from now on. Not to be cancelled half-way: shield it.
         """
         async with self._creating:
             try:
-                if earlier := self._made_by(spec.request_id):
+                if earlier := self._made_by(spec.request_id, tenant):
                     return _repeated(earlier, spec, upload.images)
-                self.check_room(spec)
+                self.check_room(spec, tenant)
                 record = TrainingRecord(
                     training_id=upload.training_id,
                     create_time=time.time(),
                     spec=spec,
                     images=upload.images,
+                    tenant=tenant,
                 )
                 job = Job(await asyncio.to_thread(self._store.commit, upload, record))
             finally:
@@ -157,9 +159,10 @@ class Supervisor:
             self.launch()
             return job
 
-    def get(self, training_id: str) -> Job:
-        """Raises `UnknownTraining`."""
-        if job := self._jobs.get(training_id):
+    def get(self, training_id: str, tenant: str) -> Job:
+        """Raises `UnknownTraining`, the same for one that another tenant has."""
+        job = self._jobs.get(training_id)
+        if job is not None and job.record.tenant == tenant:
             return job
         raise UnknownTraining(
             f"no training has the id {quoted(training_id)}; it may have been deleted, or forgotten "
@@ -167,9 +170,8 @@ class Supervisor:
             training_id=training_id,
         )
 
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        return tuple(self._jobs.values())
+    def jobs_of(self, tenant: str) -> tuple[Job, ...]:
+        return tuple(job for job in self._jobs.values() if job.record.tenant == tenant)
 
     def queue_position(self, job: Job) -> int:
         """Trainings that wait ahead of one that waits."""
@@ -178,9 +180,9 @@ class Supervisor:
         waiting = [other for other in self._jobs.values() if other.state.status == "queued"]
         return waiting.index(job)
 
-    async def cancel(self, training_id: str) -> Job:
+    async def cancel(self, training_id: str, tenant: str) -> Job:
         """Have a training stop; no effect on one that has ended."""
-        job = self.get(training_id)
+        job = self.get(training_id, tenant)
         async with job.transition:
             match job.state.status:
                 case "queued":
@@ -192,9 +194,9 @@ class Supervisor:
                     pass
         return job
 
-    async def delete(self, training_id: str) -> None:
+    async def delete(self, training_id: str, tenant: str) -> None:
         """Forget a training that has ended; raises `TrainingNotEnded`."""
-        job = self.get(training_id)
+        job = self.get(training_id, tenant)
         async with job.transition:
             if not job.state.has_ended:
                 raise TrainingNotEnded(
@@ -203,10 +205,10 @@ class Supervisor:
                 )
             await self._forget(job)
 
-    def _made_by(self, request_id: str) -> Job | None:
+    def _made_by(self, request_id: str, tenant: str) -> Job | None:
         if not request_id:
             return None
-        made = (job for job in self._jobs.values() if job.record.spec.request_id == request_id)
+        made = (job for job in self.jobs_of(tenant) if job.record.spec.request_id == request_id)
         return next(made, None)
 
     # The life of a training
@@ -280,7 +282,7 @@ class Supervisor:
 
     async def _publish(self, job: Job) -> None:
         try:
-            concept_id = await asyncio.to_thread(self._publish_concept, job.folder, job.record.spec)
+            concept_id = await asyncio.to_thread(self._publish_concept, job.folder, job.record)
         except OneWordError as error:
             logger.warning("the concept of training %s: %s", job.training_id, error)
             return await self._end(
@@ -292,7 +294,8 @@ class Supervisor:
 
     async def _end(self, job: Job, status: Status, **changes: Any) -> None:
         await self._change(job, status=status, end_time=time.time(), **changes)
-        ended = [job for job in self._jobs.values() if job.state.has_ended]
+        # By tenant: the trainings of one must not push those of another out.
+        ended = [other for other in self.jobs_of(job.record.tenant) if other.state.has_ended]
         try:
             await asyncio.to_thread(job.folder.shed)
             for old in ended[: -self.config.limits.max_kept_trainings]:

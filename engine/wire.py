@@ -46,9 +46,10 @@ def request_from_proto(
     *,
     store: ConceptStore,
     limits: Limits,
+    tenant: str,
     default_seed: int | None = None,
 ) -> GenerationRequest:
-    """Read a request: load its concepts, decode its image; what is absent takes its default.
+    """Read a request: load the tenant's concepts, decode its image; take defaults for the rest.
 
     Without `default_seed` that of the seed is random.
 
@@ -72,14 +73,14 @@ def request_from_proto(
     return GenerationRequest(
         prompt=message.prompt,
         negative_prompt=message.negative_prompt,
-        concepts=_concepts(message, store, limits),
+        concepts=_concepts(message, store, limits, tenant),
         preview_every=message.preview_every_steps,
         **fields,
     )
 
 
 def _concepts(
-    message: generation_pb2.GenerateRequest, store: ConceptStore, limits: Limits
+    message: generation_pb2.GenerateRequest, store: ConceptStore, limits: Limits, tenant: str
 ) -> tuple[Concept, ...]:
     """The concepts referred to, then the stored ones that the prompts name as `<word>`."""
     _check_count(len(message.concepts), limits)
@@ -87,14 +88,14 @@ def _concepts(
     _check_length("prompt", message.prompt)
     _check_length("negative_prompt", message.negative_prompt)
     referred = [
-        _resolve(reference, store, limits, f"concepts[{index}]")
+        _resolve(reference, store, limits, tenant, f"concepts[{index}]")
         for index, reference in enumerate(message.concepts)
     ]
     covered = {concept.placeholder_token for concept in referred}
     named = named_placeholders(f"{message.prompt}\n{message.negative_prompt}")
     missing = [token for token in named if token not in covered]
     _check_count(len(referred) + len(missing), limits)
-    return (*referred, *(store.find_by_token(token) for token in missing))
+    return (*referred, *(store.find_by_token(token, tenant=tenant) for token in missing))
 
 
 def _check_count(count: int, limits: Limits) -> None:
@@ -115,13 +116,17 @@ def _check_length(field: str, prompt: str) -> None:
 
 
 def _resolve(
-    reference: generation_pb2.ConceptReference, store: ConceptStore, limits: Limits, field: str
+    reference: generation_pb2.ConceptReference,
+    store: ConceptStore,
+    limits: Limits,
+    tenant: str,
+    field: str,
 ) -> Concept:
     match reference.WhichOneof("source"):
         case "placeholder_token":
-            return store.find_by_token(reference.placeholder_token)
+            return store.find_by_token(reference.placeholder_token, tenant=tenant)
         case "concept_id":
-            return store.find_by_id(reference.concept_id)
+            return store.find_by_id(reference.concept_id, tenant=tenant)
         case "inline":
             try:
                 return _inline_concept(reference.inline, limits, field)

@@ -1,4 +1,4 @@
-"""The command `oneword`: learn, evaluate, serve, generate, trainings, concepts, demo.
+"""The command `oneword`: learn, evaluate, serve, generate, trainings, concepts, tokens, keys, demo.
 
 Only the command that was asked for is imported: a client needs neither PyTorch nor ONNX Runtime.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from engine.errors import OneWordError
+from engine.log_lines import LineFormatter
 from engine.printing import printable
 
 EXIT_FAILED = 1
@@ -25,6 +26,8 @@ COMMANDS = {
     "generate": ("oneword.generate", "draw images, from a server or in this process"),
     "trainings": ("oneword.trainings", "have a server learn words: create, watch, list, cancel"),
     "concepts": ("oneword.concepts", "import, list, show, export and delete learned words"),
+    "tokens": ("oneword.tokens", "say who may call a server: create, list and revoke tokens"),
+    "keys": ("oneword.keys", "make keys that sign bundles, sign and verify"),
     "demo": ("oneword.demo", "teach the embedded model a word, serve it, draw a contact sheet"),
 }
 
@@ -36,7 +39,7 @@ class ExtraMissing(OneWordError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an expected failure is one line on stderr and exit code 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    _log_to_stderr()
     try:
         parsed = _parser(arguments[0] if arguments else "").parse_args(arguments)
         return parsed.run(parsed)
@@ -47,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OneWordError, OSError) as error:
         print(f"oneword: {printable(error)}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler])
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

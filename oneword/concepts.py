@@ -8,13 +8,13 @@ from dataclasses import replace
 from datetime import UTC
 from pathlib import Path
 
-from engine.client import Client
 from engine.concepts import Concept, concept_from_bytes, concept_to_bytes
 from engine.dialect_writers import DIALECTS, NAMED_BY_FILE, write_dialect
 from engine.dialects import TORCH_SUFFIXES, read_concepts
 from engine.endpoint import DEFAULT_ADDRESS
 from engine.errors import InvalidRequest
 from engine.printing import printable
+from oneword.connection import add_security_arguments, connect
 from protos.oneword.v1 import concepts_pb2
 
 
@@ -42,6 +42,7 @@ def _add(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace],
     parser.add_argument(
         "--server", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s"
     )
+    add_security_arguments(parser)
     parser.set_defaults(action=action)
 
 
@@ -78,7 +79,7 @@ def _import(arguments: argparse.Namespace) -> None:
         placeholder_token=arguments.placeholder_token,
         path_2=arguments.text_encoder_2,
     )
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         for concept in concepts:
             content = concept_to_bytes(concept)
             reply = client.import_concept(content, overwrite=arguments.overwrite)
@@ -88,7 +89,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         for concept in client.list():
             print(
                 f"{printable(concept.placeholder_token):<24} {printable(concept.concept_id[:12])} "
@@ -110,7 +111,7 @@ def _show(arguments: argparse.Namespace) -> None:
             _print_concept(concept, f"{concept.num_vectors} x {widths}", concept.metadata)
         return
     _refuse_options_of_files(arguments.concept, arguments.text_encoder_2)
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         stored = client.get(arguments.concept)
     _print_concept(stored, f"{stored.num_vectors} x {stored.dim}", dict(stored.metadata))
 
@@ -159,7 +160,7 @@ def _concept_to_export(arguments: argparse.Namespace) -> Concept:
     name, rename = arguments.concept, arguments.placeholder_token
     if not is_concept_file(name):
         _refuse_options_of_files(name, arguments.text_encoder_2, arguments.only)
-        with Client(arguments.server) as client:
+        with connect(arguments) as client:
             content = client.export(name)
         return concept_from_bytes(content, source=name, placeholder_token=rename)
     concepts = read_concepts(
@@ -190,6 +191,6 @@ def _only(concepts: Sequence[Concept], wanted: str | None, source: str) -> Conce
 
 
 def _delete(arguments: argparse.Namespace) -> None:
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         client.delete(arguments.placeholder_token)
     print(f"{arguments.placeholder_token} deleted")

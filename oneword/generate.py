@@ -10,13 +10,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.client import Client, GenerationResult
+from engine.client import GenerationResult
 from engine.concepts import concept_to_bytes, read_concept
 from engine.errors import InvalidRequest
 from engine.files import write_atomically
 from engine.images import ImageFormat
 from engine.requests import MAX_SEED, GenerationRequest
 from oneword.concepts import is_concept_file
+from oneword.connection import add_security_arguments, connect
 from protos.oneword.v1 import generation_pb2
 
 _FORMATS: dict[str, ImageFormat] = {".png": "png", ".webp": "webp"}
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "are numbered: x-0.png, x-1.png"
     )  # fmt: skip
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
+    add_security_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     with bar:
         progress = _Progress(bar, arguments.num_images)
         if arguments.server:
-            with Client(arguments.server, timeout_s=arguments.timeout) as client:
+            with connect(arguments, timeout_s=arguments.timeout) as client:
                 result = client.generate(request, on_progress=progress)
         else:
             result = generate_in_process(
@@ -148,14 +150,17 @@ def generate_in_process(
     """What a server would answer, without one."""
     from engine.batcher import Batcher, Event, StepDone, generate
     from engine.pipeline import Pipeline
-    from engine.store import ConceptStore
+    from engine.store import DEFAULT_TENANT, ConceptStore
     from engine.wire import Replies, image_format_from_proto, request_from_proto
 
     pipeline = Pipeline.open(bundle)
     store = ConceptStore.temporary()
     batcher = Batcher(pipeline)
     try:
-        plan = pipeline.plan(request_from_proto(request, store=store, limits=pipeline.limits))
+        domain_request = request_from_proto(
+            request, store=store, limits=pipeline.limits, tenant=DEFAULT_TENANT
+        )
+        plan = pipeline.plan(domain_request)
         replies = Replies(
             plan=plan,
             model_name=pipeline.bundle.manifest.model_name,

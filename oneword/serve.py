@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engine.batcher import BatcherConfig
 from engine.requests import Limits
+from engine.security_config import SecurityConfig
 from engine.server import ServerConfig, serve
 from engine.training_config import TrainingConfig
 
@@ -21,6 +22,13 @@ _FLAGS = {
     "s3://bucket/concepts (needs oneword[fsspec])",
     "execution_provider": "ONNX Runtime execution provider",
     "grace_s": "seconds that requests under way get when the server is told to stop",
+}
+_SECURITY_FLAGS = {
+    "tls_cert": "serve TLS with this certificate (PEM, with those between it and its CA)",
+    "tls_key": "its private key (PEM)",
+    "tls_client_ca": "have clients show certificates of this CA (PEM)",
+    "credentials": "who may call, by token or certificate: `oneword tokens create` makes it "
+    "(docs/security.md)",
 }
 # Of flags without a default; the others are paths.
 _OPTIONAL_TYPES = {"training_device": str}
@@ -54,12 +62,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--insecure",
         action="store_true",
-        help="listen beyond this machine although there is no TLS and no authentication",
+        help="listen beyond this machine without TLS, or without authentication",
     )
     parser.add_argument("--no-reflection", dest="reflection", action="store_false")
+    _add_security(parser)
 
 
-def _add_flags(parser: argparse.ArgumentParser, config: type, flags: dict[str, str]) -> None:
+def _add_security(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("security")
+    _add_flags(group, SecurityConfig, _SECURITY_FLAGS)
+    group.add_argument(
+        "--authenticate-health",
+        action="store_true",
+        help="have health checks need credentials too",
+    )
+    group.add_argument(
+        "--open-reflection",
+        dest="authenticate_reflection",
+        action="store_false",
+        help="have reflection need no credentials",
+    )
+    group.add_argument(
+        "--trusted-key",
+        dest="trusted_keys",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="open only bundles signed with the key of this public one; repeatable",
+    )
+
+
+def _add_flags(parser: argparse._ActionsContainer, config: type, flags: dict[str, str]) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, summary in flags.items():
         default = defaults[name]
@@ -76,10 +110,17 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger("engine").setLevel(logging.INFO)
     batcher = BatcherConfig(**{name: getattr(arguments, name) for name in _BATCHER_FLAGS})
     training = TrainingConfig(**{name: getattr(arguments, name) for name in _TRAINING_FLAGS})
+    security = SecurityConfig(
+        authenticate_health=arguments.authenticate_health,
+        authenticate_reflection=arguments.authenticate_reflection,
+        trusted_keys=tuple(arguments.trusted_keys),
+        **{name: getattr(arguments, name) for name in _SECURITY_FLAGS},
+    )
     config = ServerConfig(
         bundle=arguments.bundle,
         batcher=batcher,
         training=training,
+        security=security,
         limits=Limits(max_pixels=arguments.max_pixels),
         insecure=arguments.insecure,
         reflection=arguments.reflection,

@@ -11,11 +11,11 @@ from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from engine.client import Client
 from engine.endpoint import DEFAULT_ADDRESS
 from engine.errors import InvalidRequest
 from engine.files import write_atomically
 from engine.printing import printable
+from oneword.connection import add_security_arguments, connect
 from oneword.image_folder import ImageFolder, read_image_folder
 from oneword.training_display import INTERRUPTED, command_line, follow, state_name
 from protos.oneword.v1 import training_pb2
@@ -56,6 +56,7 @@ def _add(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace],
     parser.add_argument(
         "--server", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s"
     )
+    add_security_arguments(parser)
     parser.set_defaults(action=action)
 
 
@@ -91,7 +92,7 @@ def _create(arguments: argparse.Namespace) -> int:
     folder = read_image_folder(arguments.images, arguments.placeholder_token)
     _report(folder)
     check_captions(arguments.presets, {name: name in folder.captions for name in folder.images})
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         try:
             training = client.training.create(
                 arguments.placeholder_token,
@@ -141,12 +142,12 @@ def _report(folder: ImageFolder) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         return follow(client, arguments.server, arguments.training_id, arguments.previews)
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         for training in client.training.list():
             print(_line(training))
     return 0
@@ -162,21 +163,21 @@ def _line(training: training_pb2.Training) -> str:
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         training = client.training.cancel(arguments.training_id)
     print(f"{printable(training.training_id)} {state_name(training.state)}")
     return 0
 
 
 def _delete(arguments: argparse.Namespace) -> int:
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         client.training.delete(arguments.training_id)
     print(f"{arguments.training_id} deleted")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    with Client(arguments.server) as client:
+    with connect(arguments) as client:
         response = client.training.get(arguments.training_id)
     if not response.concept_file:
         state = state_name(response.training.state)
