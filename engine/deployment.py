@@ -13,16 +13,18 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from engine.batcher import Batcher, BatcherConfig, Model
+from engine.cost_measurement import measure_costs, measuring_plan
 from engine.errors import DeploymentFailed, EngineError
 from engine.pipeline import sound
 from engine.planner import Planner
 from engine.remote_model import RemoteModel
 from engine.requests import GenerationRequest, Limits
+from engine.result_cache import ResultCache
+from engine.step_costs import CostTable
 from engine.worker_supervisor import OnState
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ RETIRE_TIMEOUT_S = 600.0
 _LAST_CALL_S = 5.0
 
 # Opens a bundle: who plans its requests, and who draws them (a pipeline is both).
-OpenModel = Callable[[Path], tuple[Planner, Model[Any]]]
+OpenModel = Callable[[Path], tuple[Planner, Model]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,7 +42,7 @@ class Served:
 
     planner: Planner
     batcher: Batcher
-    model: Model[Any]
+    model: Model
 
     def close(self, grace_s: float) -> None:
         """Finish what it has within `grace_s`, fail the rest, and free the model."""
@@ -71,10 +73,11 @@ class Deployment:
     def __init__(
         self,
         planner: Planner,
-        model: Model[Any],
+        model: Model,
         config: BatcherConfig,
         *,
         open_model: OpenModel,
+        costs: CostTable | None = None,
         retire_timeout_s: float = RETIRE_TIMEOUT_S,
     ) -> None:
         self._config = config
@@ -85,7 +88,7 @@ class Deployment:
         self._on_state: OnState | None = None
         self._retiring: threading.Thread | None = None
         self._closing = False
-        self._current = self._tenure(planner, model)
+        self._current = self._tenure(planner, model, costs)
 
     @property
     def current(self) -> Served:
@@ -124,7 +127,9 @@ class Deployment:
                     "the bundle before the one in service is finishing its requests, and memory "
                     "is for two models at most; try again when it is done"
                 )
-            self._replace(self._tenure(*self._open(bundle)))
+            planner, model = self._open(bundle)
+            costs = measured(planner, model, self._config)
+            self._replace(self._tenure(planner, model, costs))
         finally:
             self._deploying.release()
 
@@ -143,11 +148,15 @@ class Deployment:
         if self._retiring:
             self._retiring.join()
 
-    def _tenure(self, planner: Planner, model: Model[Any]) -> _Tenure:
-        batcher = Batcher(model, self._config)
+    def _tenure(self, planner: Planner, model: Model, costs: CostTable | None) -> _Tenure:
+        results = None
+        if self._config.result_cache_bytes:
+            identity = planner.bundle.manifest.to_json()
+            results = ResultCache(self._config.result_cache_bytes, bundle_identity=identity)
+        batcher = Batcher(model, self._config, costs=costs, results=results)
         return _Tenure(Served(planner=planner, batcher=batcher, model=model))
 
-    def _open(self, bundle: Path) -> tuple[Planner, Model[Any]]:
+    def _open(self, bundle: Path) -> tuple[Planner, Model]:
         serving = self.current.planner.bundle.manifest.model_name
         try:
             planner, model = self._open_model(bundle)
@@ -192,13 +201,20 @@ class Deployment:
         logger.info("%s, replaced, is closed", old.served.planner.bundle.manifest.model_name)
 
 
-def close_model(model: Model[Any]) -> None:
+def measured(planner: Planner, model: Model, config: BatcherConfig) -> CostTable | None:
+    """What calls take on this device; None where that is left to the batcher to learn."""
+    if not config.cost_measurement_s:
+        return None
+    return measure_costs(model, measuring_plan(planner), config)
+
+
+def close_model(model: Model) -> None:
     """End the process of a model that has one."""
     if isinstance(model, RemoteModel):
         model.close()
 
 
-def try_out(planner: Planner, model: Model[Any]) -> None:
+def try_out(planner: Planner, model: Model) -> None:
     """Draw one picture of half the model's own size in the fewest steps; raises what fails.
 
     Half, because every plan that is compiled for a size takes that (engine/plans.py).

@@ -74,7 +74,14 @@ class Generation:
             replies = await self._runtime.in_pool(
                 self._prepare, request, execution.key.tenant, served.planner, execution.of_job
             )
-            job = served.batcher.submit(replies.plan, events.put, deadline=execution.deadline)
+            job = served.batcher.submit(
+                replies.plan,
+                events.put,
+                deadline=execution.deadline,
+                priority=request.priority,
+                tenant=execution.key.tenant,
+                may_reuse=request.HasField("seed"),
+            )
             name = execution.key.request_id.lstrip("\0")
             yield Started(
                 job=job,

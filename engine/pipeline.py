@@ -267,6 +267,10 @@ class ImageModel:
     def release(self, images: Sequence[ImageInFlight]) -> None:
         """Images that leave early hold nothing but their own memory: nothing to do."""
 
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Whether calls can succeed: always, in this process."""
+        return True
+
     def row_cost(self, image: ImageInFlight) -> float:
         """Memory of one row relative to the model's own size: attention grows with area squared."""
         area = image.latents[0].size * self._latent_spec.scale_factor**2
@@ -315,6 +319,13 @@ def sound(results: Sequence[RgbImage | NumericalError]) -> list[RgbImage]:
         if isinstance(result, NumericalError):
             raise result
     return [result for result in results if not isinstance(result, NumericalError)]
+
+
+def _not_finite() -> NumericalError:
+    return NumericalError(
+        "the model produced NaN or infinite values; use a bundle built with --precision fp32, a "
+        "lower guidance_scale, or another concept"
+    )
 
 
 def _not_finite() -> NumericalError:

@@ -24,7 +24,7 @@ from engine.bundle_signatures import check_bundle
 from engine.concept_service import ConceptService
 from engine.credential_source import CredentialSource
 from engine.credentials import read_credentials
-from engine.deployment import Deployment, OpenModel, close_model
+from engine.deployment import Deployment, OpenModel, close_model, measured
 from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
 from engine.errors import ConfigError, DeploymentFailed, EngineError, StoreError
 from engine.generation import Generation
@@ -38,6 +38,7 @@ from engine.requests import Limits
 from engine.runtime import Runtime
 from engine.security_config import SecurityConfig, check_listen
 from engine.service import ImageGenerationService, ServerInfoService
+from engine.step_costs import CostTable
 from engine.store import ConceptStore, StoreConfig
 from engine.tls import Certificates
 from engine.training_child import worker_command
@@ -136,9 +137,13 @@ class Server:
         store: ConceptStore,
         config: ServerConfig,
         *,
-        model: Model[Any] | None = None,
+        model: Model | None = None,
+        costs: CostTable | None = None,
     ) -> None:
-        """`model` draws what `planner` plans; a pipeline does both."""
+        """`model` draws what `planner` plans; a pipeline does both.
+
+        `costs` of its calls on this device; without them the batcher learns them.
+        """
         if model is None:
             assert isinstance(planner, Pipeline)
             model = planner
@@ -156,7 +161,7 @@ class Server:
         self._following: asyncio.Task[None] | None = None
         self._pool = ThreadPoolExecutor(config.host_threads, thread_name_prefix="host")
         self.deployment = Deployment(
-            planner, model, config.batcher, open_model=model_opener(config)
+            planner, model, config.batcher, open_model=model_opener(config), costs=costs
         )
         self._runtime = Runtime(
             deployment=self.deployment,
@@ -365,8 +370,9 @@ async def serve(
     await asyncio.to_thread(_check_files, config)
     planner, model = await _in_daemon_thread(model_opener(config), config.bundle)
     try:
+        costs = await asyncio.to_thread(measured, planner, model, config.batcher)
         store = await asyncio.to_thread(_open_store, config)
-        server = Server(planner, store, config, model=model)
+        server = Server(planner, store, config, model=model, costs=costs)
     except BaseException:
         close_model(model)
         raise
@@ -395,7 +401,7 @@ def model_opener(config: ServerConfig) -> OpenModel:
     else:
         opens = partial(_open_here, **settings)
 
-    def open_trusted(bundle: Path) -> tuple[Planner, Model[Any]]:
+    def open_trusted(bundle: Path) -> tuple[Planner, Model]:
         if config.security.trusted_keys:
             check_bundle(bundle, config.security.trusted_keys)
         return opens(bundle)
@@ -418,7 +424,7 @@ async def _in_daemon_thread(function: Callable[[Path], T], bundle: Path) -> T:
     return await asyncio.wrap_future(result)
 
 
-def _open_here(bundle: Path, **settings: Any) -> tuple[Planner, Model[Any]]:
+def _open_here(bundle: Path, **settings: Any) -> tuple[Planner, Model]:
     pipeline = Pipeline.open(bundle, **settings)
     return pipeline, pipeline
 

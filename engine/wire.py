@@ -11,7 +11,7 @@ from engine.batcher import ImageDone, StepDone, Timings
 from engine.concepts import Concept, FileFormat, concept_from_bytes, concept_to_bytes
 from engine.errors import ConceptUnreadable, InvalidRequest, PromptTooLong
 from engine.images import ImageFormat, decode_image, encode_image
-from engine.pipeline import GenerationPlan
+from engine.planner import GenerationPlan
 from engine.prompt_syntax import MAX_PROMPT_CHARACTERS, named_placeholders
 from engine.requests import MAX_SEED, GenerationRequest, Limits
 from engine.store import ConceptStore, StoredConcept

@@ -27,27 +27,16 @@ from engine.errors import (
     ShuttingDown,
 )
 from engine.noise import TorchGenerator
-from engine.pipeline import GenerationPlan, ImageInFlight
-from engine.prompts import PromptReport
-from engine.requests import GenerationRequest, RgbImage
-from engine.samplers import StepCoefficients, Trajectory
+from engine.pipeline import ImageInFlight
+from engine.planner import GenerationPlan
+from engine.requests import RgbImage
+from engine.result_cache import ResultCache
+from engine.step_costs import CostTable
+from tests.batcher_toy import plan
 
-ROW = StepCoefficients(0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, (1.0,))
-REPORT = PromptReport(matched=(), num_tokens=0, num_chunks=1, cut="")
 WAIT_S = 10.0
-
-
-def plan(steps: int = 3, *, side: int = 8, rows: int = 2, **fields: object) -> GenerationPlan:
-    return GenerationPlan(
-        request=GenerationRequest(prompt="p", num_inference_steps=steps, **fields),  # type: ignore[arg-type]
-        width=side,
-        height=side,
-        trajectory=Trajectory(rows=(ROW,) * steps, init_sigma=1.0),
-        texts=(),
-        weights=(1.0 / rows,) * rows,
-        prompt_report=REPORT,
-        negative_report=None,
-    )
+# A device where a call costs next to nothing, however many share it: so all that can share do.
+FLAT = CostTable.of({(64, 1): 1e-3, (64, 2): 1e-3}, {(64, 1): 1e-3, (64, 2): 1e-3}, learns=False)
 
 
 class FakeModel:
@@ -89,15 +78,19 @@ class FakeModel:
             image.steps_done += 1
 
     def decode(self, images: Sequence[ImageInFlight]) -> list[RgbImage | NumericalError]:
-        return [self._picture(image) for image in images]
+        values = [image.latents[0, 0, 0] for image in images]
+        return [
+            NumericalError("not finite")
+            if np.isnan(value)
+            else np.full((2, 2, 3), int(value) % 256, np.uint8)
+            for value in values
+        ]
 
-    def _picture(self, image: ImageInFlight) -> RgbImage | NumericalError:
-        value = image.latents[0, 0, 0]
-        if not np.isfinite(value):
-            return NumericalError("not finite")
-        return np.full((2, 2, 3), int(value) % 256, np.uint8)
+    def release(self, images: Sequence[ImageInFlight]) -> None:
+        pass
 
-    def release(self, images: Sequence[ImageInFlight]) -> None: ...
+    def wait_ready(self, timeout_s: float) -> bool:
+        return True
 
     def row_cost(self, image: ImageInFlight) -> float:
         return max(1.0, (image.latents.size / 64) ** 2)
@@ -141,7 +134,7 @@ def open_batcher(model: FakeModel) -> Iterator[Open]:
     opened: list[Batcher] = []
 
     def open_one(**config: int) -> Batcher:
-        opened.append(Batcher(model, BatcherConfig(**config)))
+        opened.append(Batcher(model, BatcherConfig(**config), costs=FLAT))
         return opened[-1]
 
     yield open_one
@@ -293,20 +286,7 @@ def test_a_failing_call_takes_only_its_own_requests(open_batcher: Open, model: F
 
 def test_a_request_that_cannot_begin_fails_alone(open_batcher: Open) -> None:
     batcher, bad = open_batcher(), Listener()
-    request = GenerationRequest(prompt="bad", num_inference_steps=3)
-    batcher.submit(
-        GenerationPlan(
-            request=request,
-            width=8,
-            height=8,
-            trajectory=Trajectory(rows=(ROW,) * 3, init_sigma=1.0),
-            texts=(),
-            weights=(1.0,),
-            prompt_report=REPORT,
-            negative_report=None,
-        ),
-        bad,
-    )
+    batcher.submit(plan(prompt="bad"), bad)
     assert isinstance(bad.error(), InvalidRequest)
     assert len(generate(batcher, plan(2))[0]) == 1
 
@@ -372,6 +352,32 @@ def test_events_after_the_last_one_are_impossible(open_batcher: Open, model: Fak
     job.cancel()
     assert sum(isinstance(event, Finished | Failed) for event in listener.events) == 1
     assert sum(isinstance(event, ImageDone) for event in listener.events) == 1
+
+
+def test_an_equal_request_is_answered_again_only_if_both_may_be(model: FakeModel) -> None:
+    results = ResultCache(1 << 20, bundle_identity="b")
+    batcher = Batcher(model, costs=FLAT, results=results)
+    calls = list[int]()
+    for seed, may_reuse in ((1, False), (1, True), (1, True), (1, False)):
+        listener = Listener()
+        batcher.submit(plan(3, seed=seed), listener, may_reuse=may_reuse)
+        assert isinstance(listener.last(), Finished)
+        calls.append(len(model.calls))
+    batcher.close()
+    assert calls == [3, 6, 6, 9]
+
+
+def test_the_next_free_slot_goes_by_priority(open_batcher: Open, model: FakeModel) -> None:
+    batcher = open_batcher(max_images_in_flight=1)
+    listeners = [Listener() for _ in range(3)]
+    model.gate.clear()
+    batcher.submit(plan(1, seed=1), listeners[0])
+    assert model.in_step.wait(WAIT_S)
+    batcher.submit(plan(1, seed=2), listeners[1], tenant="a")
+    batcher.submit(plan(1, seed=3), listeners[2], tenant="b", priority=9)
+    model.gate.set()
+    assert all(isinstance(listener.last(), Finished) for listener in listeners)
+    assert model.calls == [[1], [3], [2]]
 
 
 def test_configuration_refuses_nonsense() -> None:

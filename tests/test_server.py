@@ -251,13 +251,16 @@ from engine.pipeline import Pipeline
 from engine.server import ServerConfig, serve
 from tests.fakes import FakeDenoiser, make_pipeline
 
+def hold_and_tell(address):
+    denoiser.gate.clear()
+    print(address, flush=True)
+
 denoiser = FakeDenoiser()
-denoiser.gate.clear()
 Pipeline.open = lambda *_arguments, **_settings: make_pipeline(denoiser)
 config = ServerConfig(
     bundle=Path("none"), listen="127.0.0.1:0", grace_s=60.0, model_process=False
 )
-asyncio.run(serve(config, lambda address: print(address, flush=True)))
+asyncio.run(serve(config, hold_and_tell))
 """
 
 

@@ -1,5 +1,6 @@
 """Drawing what is judged, with the runtime that serves it: requests in, pictures out, batched."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 
@@ -32,7 +33,9 @@ def draw(
     """
     plans = [checked_plan(pipeline, request) for request in requests]
     total = sum(request.num_images for request in requests)
-    batcher = Batcher(pipeline, BatcherConfig(max_queued_images=max(total, 1)))
+    # All of it waits here, however long it takes.
+    config = BatcherConfig(max_queued_images=max(total, 1), max_queued_ms=sys.maxsize)
+    batcher = Batcher(pipeline, config)
     events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
     try:
         for place, plan in enumerate(plans):
