@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from engine.batcher import Batcher, BatcherConfig, Event, Finished, ImageDone, StepDone
 from engine.bundle import MANIFEST, read_manifest
 from engine.errors import ConfigError, WorkerDied
 from engine.pipeline import Pipeline
@@ -57,6 +60,37 @@ def model(orders: Path, emoji_bundle_path: Path) -> Iterator[RemoteModel]:
 
 
 # Death
+
+
+def test_requests_in_flight_are_begun_again_and_come_out_the_same(
+    pipeline: Pipeline, model: RemoteModel, orders: Path
+) -> None:
+    plans = [pipeline.plan(request(seed=seed, num_inference_steps=6)) for seed in (1, 2)]
+    with_costs = BatcherConfig(cost_measurement_s=0.0)
+    expected = [draw(pipeline, plan) for plan in plans]
+    batcher = Batcher(model, with_costs)
+    pid, steps, done = model.pid, list[int](), [list[ImageDone](), list[ImageDone]()]
+    ended = threading.Semaphore(0)
+
+    def listen(place: int, event: Event) -> None:
+        if isinstance(event, StepDone):
+            steps.append(event.step)
+            if len(steps) == 5:  # in the middle of both
+                (orders / "denoiser.kill").touch()
+        elif isinstance(event, ImageDone):
+            done[place].append(event)
+        else:
+            assert isinstance(event, Finished), event
+            ended.release()
+
+    for place, plan in enumerate(plans):
+        batcher.submit(plan, partial(listen, place))
+    for _ in plans:
+        assert ended.acquire(timeout=WAIT_S)
+    batcher.close()
+    assert model.pid != pid and len(steps) > 12, "some steps were made twice"
+    for pictures, events in zip(expected, done, strict=True):
+        assert same(pictures, [event.image for event in events])
 
 
 def test_a_death_in_any_call_is_told_and_the_next_process_draws_the_same(

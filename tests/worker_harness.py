@@ -34,7 +34,7 @@ def faulty_model(bundle: Path, **config: float) -> RemoteModel:
     return RemoteModel(command, WorkerConfig(**config))
 
 
-def draw(model: Model[Any], plan: GenerationPlan) -> list[RgbImage | NumericalError]:
+def draw(model: Model, plan: GenerationPlan) -> list[RgbImage | NumericalError]:
     """The pictures of one request, alone."""
     images = model.begin(plan)
     while not images[0].is_done:
@@ -43,7 +43,7 @@ def draw(model: Model[Any], plan: GenerationPlan) -> list[RgbImage | NumericalEr
 
 
 def draw_staggered(
-    model: Model[Any], plans: Sequence[GenerationPlan]
+    model: Model, plans: Sequence[GenerationPlan]
 ) -> list[list[np.ndarray[Any, Any] | None]]:
     """The previews of each step and the pictures of each request; one joins at every step."""
     waiting, in_flight = list(enumerate(plans)), list[tuple[int, Any]]()

@@ -77,7 +77,7 @@ def _open_ways(stack: ExitStack, bundle: Path, num_inference_steps: int) -> dict
 
 
 def _through_batcher(
-    stack: ExitStack, planner: Planner, model: Model[Any], concept: Concept, steps: int
+    stack: ExitStack, planner: Planner, model: Model, concept: Concept, steps: int
 ) -> Draw:
     batcher = Batcher(model)
     stack.callback(batcher.close)
