@@ -9,7 +9,6 @@ refused even with a good certificate: there is no quiet second try.
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +17,7 @@ import grpc
 import grpc.aio
 
 from engine.callers import ANONYMOUS, set_current_caller
+from engine.calls import current_request_id
 from engine.credential_source import CredentialSource
 from engine.credentials import Credential
 from engine.errors import EngineError, PermissionDenied, Unauthenticated, quoted
@@ -191,7 +191,7 @@ async def _refusals(context: Context) -> AsyncGenerator[None]:
     try:
         yield
     except EngineError as error:
-        status = status_of(error, uuid.uuid4().hex)
+        status = status_of(error, current_request_id())
         await context.abort(status.code, status.details or "", status.trailing_metadata or ())
 
 

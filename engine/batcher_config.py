@@ -10,7 +10,7 @@ class BatcherConfig:
     """Hard limits; within them, measured costs decide. Flags of `oneword serve` carry the names."""
 
     max_batch_rows: int = 16  # rows of one call at the model's own size; fewer of larger images
-    max_images_in_flight: int = 8
+    max_images_in_flight: int = 8  # that advance together
     max_queued_images: int = 64  # waiting for a slot; more are refused
     max_queued_ms: int = 60_000  # device time of what waits, as predicted; more is refused
     # Of both limits, for one tenant while others wait. The rest is kept for the others: who holds

@@ -78,10 +78,12 @@ class Deployment:
         *,
         open_model: OpenModel,
         costs: CostTable | None = None,
+        make_batcher: Callable[..., Batcher] = Batcher,
         retire_timeout_s: float = RETIRE_TIMEOUT_S,
     ) -> None:
         self._config = config
         self._open_model = open_model
+        self._make_batcher = make_batcher
         self._retire_timeout_s = retire_timeout_s
         self._changed = threading.Condition()
         self._deploying = threading.Lock()
@@ -153,7 +155,7 @@ class Deployment:
         if self._config.result_cache_bytes:
             identity = planner.bundle.manifest.to_json()
             results = ResultCache(self._config.result_cache_bytes, bundle_identity=identity)
-        batcher = Batcher(model, self._config, costs=costs, results=results)
+        batcher = self._make_batcher(model, self._config, costs=costs, results=results)
         return _Tenure(Served(planner=planner, batcher=batcher, model=model))
 
     def _open(self, bundle: Path) -> tuple[Planner, Model]:

@@ -8,6 +8,7 @@ Everything here belongs to the event loop; only `EventStream.put` is called by t
 import asyncio
 import hashlib
 import time
+import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -114,6 +115,7 @@ class Execution:
     """One request on its way, and what was said of it so far."""
 
     key: Key
+    name: str  # by which its caller, the log and the errors call it
     body: bytes  # digest of the request
     named: bool  # by its caller, who can ask for it again
     of_job: bool  # was checked when it was submitted
@@ -200,8 +202,8 @@ class Executions:
     ) -> tuple[Execution, bool]:
         check_request_id(request.request_id)
         self._forget_old()
-        # What the server calls a request no caller can.
-        key = Key(tenant, request.request_id or f"\0{server_id}")
+        # One without a name is like no other, whatever the server calls it.
+        key = Key(tenant, request.request_id or f"\0{uuid.uuid4().hex}")
         body = digest_of(request)
         if known := self._by_key.get(key):
             if known.body != body:
@@ -211,7 +213,13 @@ class Executions:
                     field="request_id",
                 )
             return known, True
-        execution = Execution(key=key, body=body, named=bool(request.request_id), of_job=of_job)
+        execution = Execution(
+            key=key,
+            name=request.request_id or server_id,
+            body=body,
+            named=bool(request.request_id),
+            of_job=of_job,
+        )
         self._by_key[key] = execution
         execution.task = asyncio.create_task(self._carry_out(execution, request))
         return execution, False

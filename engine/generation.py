@@ -82,10 +82,9 @@ class Generation:
                 tenant=execution.key.tenant,
                 may_reuse=request.HasField("seed"),
             )
-            name = execution.key.request_id.lstrip("\0")
             yield Started(
                 job=job,
-                accepted=replies.accepted(name, job.queue_position),
+                accepted=replies.accepted(execution.name, job.queue_position),
                 reply=partial(self._reply, replies),
             )
 

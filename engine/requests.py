@@ -27,11 +27,11 @@ _MOST_PIXELS = 1024 * 1024
 class Limits:
     """What one request may ask of this server."""
 
-    max_images_per_request: int = 16
-    max_side: int = 2048  # pixels
+    max_images_per_request: int = 16  # of one prompt
+    max_side: int = 2048  # pixels, of width and of height
     max_pixels: int | None = None  # width * height; None: chosen for the model
-    max_inline_concept_bytes: int = 64 << 10
-    max_concepts_per_request: int = 32
+    max_inline_concept_bytes: int = 64 << 10  # of one concept that is sent along
+    max_concepts_per_request: int = 32  # stored and sent along
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

@@ -1,6 +1,7 @@
 """What the servicers share: the model in service, the stored concepts, threads for host work."""
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -35,5 +36,5 @@ class Runtime:
         return self.deployment.current.batcher
 
     async def in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool, lambda: function(*args, **kwargs))
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        return await loop.run_in_executor(self.pool, lambda: context.run(function, *args, **kwargs))

@@ -17,7 +17,7 @@ class SecurityConfig:
     tls_client_ca: Path | None = None  # PEM: clients must have a certificate of one of these
     credentials: Path | None = None  # TOML: who may call (engine/credentials.py)
     authenticate_health: bool = False  # a probe has no credentials, and learns nothing but health
-    authenticate_reflection: bool = True
+    authenticate_reflection: bool = True  # reflection needs credentials
     trusted_keys: tuple[Path, ...] = ()  # PEM: only bundles signed with one of them are opened
 
     def __post_init__(self) -> None:

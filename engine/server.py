@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from engine.authentication import Authentication
@@ -26,11 +26,14 @@ from engine.credential_source import CredentialSource
 from engine.credentials import read_credentials
 from engine.deployment import Deployment, OpenModel, close_model, measured
 from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
-from engine.errors import ConfigError, DeploymentFailed, EngineError, StoreError
+from engine.errors import ConfigError, DeploymentFailed, EngineError, ShuttingDown, StoreError
 from engine.generation import Generation
 from engine.image_job_runner import ImageJobRunner
 from engine.image_job_service import ImageJobService
 from engine.image_jobs import ImageJobStore, JobLimits
+from engine.observed_batcher import ObservedBatcher
+from engine.operations import HEALTH_SERVICE, Operations
+from engine.operations_config import OperationsConfig
 from engine.pipeline import Pipeline
 from engine.planner import Planner
 from engine.remote_model import open_remote
@@ -73,8 +76,6 @@ COLLECT_EVERY_S = 3600.0  # what was deleted from the concept store longer ago t
 _FLUSH_S = 1.0
 # A connection is checked when it is made: made anew, it is checked against what counts by then.
 _TLS_OPTIONS = (("grpc.max_connection_age_ms", 3_600_000),)
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -84,7 +85,7 @@ T = TypeVar("T")
 class ServerConfig:
     """Everything that `oneword serve` can be told."""
 
-    bundle: Path
+    bundle: Path  # folder by build_engines.py
     listen: str = DEFAULT_ADDRESS  # host:port, port 0 for a free one; or unix:PATH
     insecure: bool = False  # listen beyond this machine, without TLS or authentication
     security: SecurityConfig = field(default_factory=SecurityConfig)
@@ -93,18 +94,19 @@ class ServerConfig:
     jobs: JobLimits = field(default_factory=JobLimits)
     concept_index: str = ""  # postgresql://... in place of SQLite in concept_dir
     concept_files: str = ""  # a folder or the URL of a file system, in place of concept_dir
-    execution_provider: str = "CPUExecutionProvider"
+    execution_provider: str = "CPUExecutionProvider"  # of ONNX Runtime; there is no fall-back
     model_process: bool = True  # the graphs in a process of their own, which may die and come back
     worker: WorkerConfig = field(default_factory=WorkerConfig)  # of that process
     batcher: BatcherConfig = field(default_factory=BatcherConfig)
     limits: Limits = field(default_factory=Limits)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    operations: OperationsConfig = field(default_factory=OperationsConfig)
     max_message_bytes: int = MAX_MESSAGE_BYTES  # each way
-    max_concurrent_rpcs: int = 256
+    max_concurrent_rpcs: int = 256  # more are refused
     host_threads: int = 2  # for tokenizing and picture coding
     grace_s: float = 30.0  # for requests under way when the server is told to stop
     stall_timeout_s: float = 60.0  # a caller that reads nothing for so long is dropped
-    reflection: bool = True
+    reflection: bool = True  # describe the services to whoever asks
 
     def __post_init__(self) -> None:
         check_listen(self.listen, self.security, insecure=self.insecure)
@@ -160,8 +162,14 @@ class Server:
         self._credentials = CredentialSource(security.credentials) if security.credentials else None
         self._following: asyncio.Task[None] | None = None
         self._pool = ThreadPoolExecutor(config.host_threads, thread_name_prefix="host")
+        self.operations = Operations(config.operations, SERVICES, load=lambda: self.batcher.load)
         self.deployment = Deployment(
-            planner, model, config.batcher, open_model=model_opener(config), costs=costs
+            planner,
+            model,
+            config.batcher,
+            open_model=model_opener(config),
+            costs=costs,
+            make_batcher=partial(ObservedBatcher, observation=self.operations.observation),
         )
         self._runtime = Runtime(
             deployment=self.deployment,
@@ -174,9 +182,6 @@ class Server:
         self._jobs = job_store and ImageJobRunner(job_store, self._generation.follow_job)
         self.training = _training_service(self._runtime, config)
         self._collecting: asyncio.Task[None] | None = None
-        # The type stub lacks the asyncio half of the module.
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        self._health_changes: set[asyncio.Task[None]] = set()
         self._authentication = _authentication(self._credentials, security)
         self._server = self._make_server()
 
@@ -188,6 +193,7 @@ class Server:
     async def start(self) -> str:
         """Listen and serve; returns the address with the port that was bound."""
         port = self._bind()
+        await self.operations.start()
         if self._jobs is not None:
             await self._jobs.start()
         if self._credentials is not None and self._authentication is not None:
@@ -196,9 +202,8 @@ class Server:
             )
         learns = await self.training.start()
         for name in ("", *SERVICES):
-            serves = learns or name != TRAINING_SERVICE
-            await self._health.set(name, _SERVING if serves else _NOT_SERVING)
-        self._watch_model()
+            self.operations.health.set_serving(name, learns or name != TRAINING_SERVICE)
+        self.deployment.watch(self._model_serves)
         await self._server.start()
         self._collecting = asyncio.create_task(_collect_for_ever(self._runtime.store))
         if self._config.listen.startswith("unix:"):
@@ -208,16 +213,17 @@ class Server:
     async def stop(self, grace_s: float = 0.0) -> None:
         """Say NOT_SERVING, let requests under way finish within `grace_s`, fail the rest."""
         self.deployment.watch(None)
-        await self._health.enter_graceful_shutdown()
+        self.operations.drain()
         if self._jobs is not None:
             await self._jobs.stop()
         if self._collecting is not None:
             self._collecting.cancel()
-        await asyncio.gather(self.generation.drain(grace_s), self.training.stop())
+        await asyncio.gather(self._drain(grace_s), self.training.stop())
         await asyncio.to_thread(self.deployment.close)
         if self._following is not None:
             self._following.cancel()
         await self._server.stop(_FLUSH_S)
+        await self.operations.stop()
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
         self._runtime.store.close()
         if self._jobs is not None:
@@ -239,21 +245,11 @@ class Server:
                 )
         await _in_daemon_thread(self.deployment.deploy, bundle)
 
-    def _watch_model(self) -> None:
-        """Let health follow the model's process: a dead one is NOT_SERVING until it is back."""
-        loop = asyncio.get_running_loop()
-
-        def on_state(serving: bool, _reason: str) -> None:
-            loop.call_soon_threadsafe(self._set_model_health, serving)
-
-        self.deployment.watch(on_state)
-
-    def _set_model_health(self, serving: bool) -> None:
+    def _model_serves(self, serving: bool, _reason: str) -> None:
+        """Health follows the model's process: a dead one is NOT_SERVING until it is back."""
         for name in ("", GENERATION_SERVICE):
-            change = self._health.set(name, _SERVING if serving else _NOT_SERVING)
-            task = asyncio.ensure_future(change)
-            self._health_changes.add(task)
-            task.add_done_callback(self._health_changes.discard)
+            self.operations.health.set_serving(name, serving)
+        self.operations.metrics.model_serves(serving)
 
     def _bind(self) -> int:
         """Take the address; returns its port."""
@@ -269,10 +265,22 @@ class Server:
                 "stop the other server, or choose another port (0: any free one)"
             ) from error
 
+    async def _drain(self, grace_s: float) -> None:
+        """Wait for the requests under way; those that are not done are told so within `grace_s`,
+        also where a call of the model hangs."""
+        flush_s = min(_FLUSH_S, grace_s / 4)
+        await self.generation.drain(grace_s - flush_s)
+        self.operations.observation.abandon(
+            ShuttingDown("the server shut down before the images were done")
+        )
+        await self.generation.drain(flush_s)
+
     def _make_server(self) -> grpc.aio.Server:
         limit = self._config.max_message_bytes
         server = grpc.aio.server(
-            interceptors=[self._authentication] if self._authentication else [],
+            interceptors=self.operations.interceptors(
+                *([self._authentication] if self._authentication else [])
+            ),
             maximum_concurrent_rpcs=self._config.max_concurrent_rpcs,
             options=[
                 ("grpc.max_receive_message_length", limit),
@@ -291,6 +299,7 @@ class Server:
             ServerInfoService(
                 self._runtime,
                 self._generation,
+                self.operations,
                 max_message_bytes=limit,
                 training=self.training.config,
                 jobs=self._jobs and self._jobs.store.limits,
@@ -307,9 +316,9 @@ class Server:
             server,
         )
         training_pb2_grpc.add_TrainingServiceServicer_to_server(self.training, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.operations.health, server)
         if self._config.reflection:
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
         return server
 

@@ -8,7 +8,6 @@ import asyncio
 import importlib.metadata
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
@@ -19,11 +18,14 @@ from google.protobuf.message import Message
 
 from engine.batch_calls import MAX_BATCH_REQUESTS, Follow, answer_batch, check_batch
 from engine.callers import current_caller
+from engine.calls import current_request_id
 from engine.errors import Cancelled, ShuttingDown
 from engine.executions import MAX_REQUEST_ID_CHARACTERS
 from engine.generation import MAX_PRIORITY, Generation, collect
 from engine.image_jobs import JobLimits
+from engine.load_wire import load_to_proto
 from engine.log_lines import describe_fault
+from engine.operations import Operations
 from engine.prompt_syntax import MAX_PROMPT_CHARACTERS
 from engine.runtime import Runtime
 from engine.samplers import MAX_INFERENCE_STEPS
@@ -51,7 +53,7 @@ async def guarded(context: Context) -> AsyncGenerator[str]:
 
     `CancelledError` passes: swallowing it would leak the call's state in grpc.aio.
     """
-    request_id = uuid.uuid4().hex
+    request_id = current_request_id()
     try:
         yield request_id
     except Exception as error:
@@ -168,6 +170,7 @@ class ServerInfoService(server_info_pb2_grpc.ServerInfoServiceServicer):
         self,
         runtime: Runtime,
         generation: Generation,
+        operations: Operations,
         *,
         max_message_bytes: int,
         training: TrainingConfig | None = None,
@@ -176,6 +179,7 @@ class ServerInfoService(server_info_pb2_grpc.ServerInfoServiceServicer):
         """`training` is None where words are not learned, `jobs` where none are kept."""
         self._runtime = runtime
         self._memory = generation.executions.memory
+        self._operations = operations
         self._max_message_bytes = max_message_bytes
         self._training = training
         self._jobs = jobs
@@ -184,11 +188,14 @@ class ServerInfoService(server_info_pb2_grpc.ServerInfoServiceServicer):
         self, request: server_info_pb2.GetServerInfoRequest, context: Context
     ) -> server_info_pb2.GetServerInfoResponse:
         async with guarded(context):
-            in_flight, queued = self._runtime.batcher.load
+            load = await self._runtime.in_pool(
+                load_to_proto, self._operations.observation, self._runtime.batcher.load
+            )
             return server_info_pb2.GetServerInfoResponse(
                 model=self._model(),
                 limits=self._limits(),
-                load=server_info_pb2.Load(images_in_flight=in_flight, images_queued=queued),
+                load=load,
+                serving=self._operations.health.serving,
                 versions=self._versions(),
                 training=None if self._training is None else limits_to_proto(self._training),
                 jobs=None if self._jobs is None else job_limits_to_proto(self._jobs),

@@ -21,6 +21,7 @@ from engine.errors import (
     InvalidRequest,
     QueueFull,
     RateLimited,
+    ShuttingDown,
     UnknownConcept,
     UnknownJob,
     UnknownTraining,
@@ -143,6 +144,10 @@ def _details(error: EngineError) -> list[Message]:
         case QueueFull(retry_after_s=retry_after_s) | RateLimited(retry_after_s=retry_after_s):
             retry = error_details_pb2.RetryInfo()
             retry.retry_delay.FromMilliseconds(math.ceil(retry_after_s * 1e3))
+            return [retry]
+        case ShuttingDown():  # another server can take it at once, this one when it is back
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromSeconds(1)
             return [retry]
         case UnknownConcept(placeholder_token=token):
             return [_resource("concept", token)]

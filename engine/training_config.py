@@ -15,7 +15,7 @@ class TrainingConfig:
     training_dir: Path | None = None  # None: beside the stored concepts
     training_device: str | None = None  # PyTorch's name; None: a GPU if it has one
     max_training_jobs: int = 1  # that learn at the same time
-    max_queued_trainings: int = 16
+    max_queued_trainings: int = 16  # that wait; more are refused
     checkpoint_every_s: float = 5.0  # what a killed process loses at most, besides a step
     max_attempts: int = 3  # of a training whose process or server dies of it
     retry_delay_s: float = 5.0  # between a crash and the next attempt

@@ -18,13 +18,13 @@ MAX_CAPTIONS_BYTES = 64 << 10  # of one image: what the trainer reads
 class TrainingLimits:
     """What one training may ask of this server, and what all of them may take up."""
 
-    max_images: int = 32
-    max_image_bytes: int = 16 << 20
+    max_images: int = 32  # of one training
+    max_image_bytes: int = 16 << 20  # of one image, and of one mask
     max_upload_bytes: int = 128 << 20  # all images of one training, with masks and captions
     max_uploads: int = 4  # that are being received at the same time
     max_kept_trainings: int = 1000  # that have ended; beyond, the oldest are forgotten
-    max_steps: int = 10_000
-    max_batch_size: int = 64
+    max_steps: int = 10_000  # of one training
+    max_batch_size: int = 64  # samples in a step
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

@@ -30,7 +30,7 @@ class WorkerConfig:
     worker_timeout_s: float = 120.0  # a call that takes longer hangs, unless such calls always do
     start_timeout_s: float = 600.0  # until a bundle is verified and loaded
     restart_delay_s: float = 0.1  # before the first restart; doubled at each that follows
-    max_restart_delay_s: float = 10.0
+    max_restart_delay_s: float = 10.0  # at most so much
     settled_s: float = 30.0  # after so long in service, a death is a first one again
 
     def __post_init__(self) -> None:

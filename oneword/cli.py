@@ -1,4 +1,4 @@
-"""The command `oneword`: learn, evaluate, serve, generate, trainings, concepts, tokens, keys, demo.
+"""The command `oneword`: learn, evaluate, serve, status, top, generate, concepts, tokens, keys, ...
 
 Only the command that was asked for is imported: a client needs neither PyTorch nor ONNX Runtime.
 """
@@ -23,6 +23,8 @@ COMMANDS = {
     "learn": ("trainer.cli", "learn a word from a folder of images"),
     "evaluate": ("trainer.evaluate_cli", "measure how faithful and editable learned words are"),
     "serve": ("oneword.serve", "serve a bundle over gRPC"),
+    "status": ("oneword.status", "say whether a server serves, what it is and how busy"),
+    "top": ("oneword.top", "watch what a server does"),
     "generate": ("oneword.generate", "draw images, from a server or in this process"),
     "trainings": ("oneword.trainings", "have a server learn words: create, watch, list, cancel"),
     "concepts": ("oneword.concepts", "import, list, show, export and delete learned words"),

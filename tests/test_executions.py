@@ -63,7 +63,7 @@ class Stage:
             raise self.refusal
         self.started.append(execution)
         self.jobs.append(FakeJob())
-        accepted = GenerateResponse(accepted=Accepted(request_id=execution.key.request_id))
+        accepted = GenerateResponse(accepted=Accepted(request_id=execution.name))
         yield Started(job=self.jobs[-1], accepted=accepted, reply=self._reply)
 
     async def _reply(self, event: Any) -> GenerateResponse:
@@ -184,12 +184,14 @@ async def test_tenants_do_not_share_ids() -> None:
     assert seed_of("a", "r") != seed_of("b", "r") == seed_of("b", "r")
 
 
-async def test_a_caller_cannot_ask_for_what_the_server_named() -> None:
+async def test_requests_that_the_server_calls_alike_are_not_the_same() -> None:
+    """A caller may choose that name by a header."""
     stage = Stage()
-    async with stage.reading(server_id="known"):
-        async with stage.reading(request_id="known") as other:
-            await _until(lambda: len(stage.started) == 2)
+    async with stage.reading("cat", server_id="known"), stage.reading("dog", server_id="known"):
+        async with stage.reading("cat", request_id="known") as other:
+            await _until(lambda: len(stage.started) == 3)
             assert not other.repeated
+    assert [execution.name for execution in stage.started] == ["known"] * 3
 
 
 async def test_the_work_ends_with_the_last_reader() -> None:

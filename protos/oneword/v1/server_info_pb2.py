@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/oneword/v1/server_info.proto\x12\noneword.v1\"\x16\n\x14GetServerInfoRequest\"\xcf\x02\n\x15GetServerInfoResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.oneword.v1.ModelInfo\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x19.oneword.v1.RequestLimits\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.oneword.v1.Load\x12\x41\n\x08versions\x18\x04 \x03(\x0b\x32/.oneword.v1.GetServerInfoResponse.VersionsEntry\x12,\n\x08training\x18\x05 \x01(\x0b\x32\x1a.oneword.v1.TrainingLimits\x12#\n\x04jobs\x18\x06 \x01(\x0b\x32\x15.oneword.v1.JobLimits\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xce\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tprecision\x18\x02 \x01(\t\x12\x17\n\x0fprediction_type\x18\x03 \x01(\t\x12\x1d\n\x15\x65mbedding_fingerprint\x18\x04 \x01(\t\x12\x15\n\rembedding_dim\x18\x05 \x01(\r\x12\x10\n\x08samplers\x18\x06 \x03(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_size\x18\x07 \x01(\r\x12\x15\n\rsize_multiple\x18\x08 \x01(\r\x12\x12\n\nmax_tokens\x18\t \x01(\r\"\xfd\x02\n\rRequestLimits\x12\x1e\n\x16max_images_per_request\x18\x01 \x01(\r\x12\x10\n\x08max_side\x18\x02 \x01(\r\x12\x12\n\nmax_pixels\x18\x03 \x01(\r\x12 \n\x18max_inline_concept_bytes\x18\x04 \x01(\r\x12 \n\x18max_concepts_per_request\x18\x05 \x01(\r\x12\x1d\n\x15max_prompt_characters\x18\x06 \x01(\r\x12\x1b\n\x13max_inference_steps\x18\x07 \x01(\r\x12\x19\n\x11max_queued_images\x18\x08 \x01(\r\x12\x1a\n\x12max_batch_requests\x18\t \x01(\r\x12\x14\n\x0cmax_priority\x18\n \x01(\r\x12!\n\x19max_request_id_characters\x18\x0b \x01(\r\x12\x1b\n\x13request_id_memory_s\x18\x0c \x01(\x01\x12\x19\n\x11max_message_bytes\x18\r \x01(\x04\"J\n\tJobLimits\x12\x15\n\rmax_open_jobs\x18\x01 \x01(\r\x12\x0e\n\x06keep_s\x18\x02 \x01(\x01\x12\x16\n\x0emax_kept_bytes\x18\x03 \x01(\x04\"\xeb\x02\n\x0eTrainingLimits\x12\x12\n\nmax_images\x18\x01 \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\x02 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x04\x12\x1a\n\x12max_captions_bytes\x18\x04 \x01(\x04\x12\x18\n\x10max_upload_bytes\x18\x05 \x01(\x04\x12\x18\n\x10upload_timeout_s\x18\x06 \x01(\x01\x12\x11\n\tmax_steps\x18\x07 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x08 \x01(\r\x12\x17\n\x0fmax_num_vectors\x18\t \x01(\r\x12\x13\n\x0bmax_uploads\x18\n \x01(\r\x12\x19\n\x11max_training_jobs\x18\x0b \x01(\r\x12\x1c\n\x14max_queued_trainings\x18\x0c \x01(\r\x12\x14\n\x0cmax_attempts\x18\r \x01(\r\x12\x1a\n\x12max_kept_trainings\x18\x0e \x01(\r\"7\n\x04Load\x12\x18\n\x10images_in_flight\x18\x01 \x01(\r\x12\x15\n\rimages_queued\x18\x02 \x01(\r2i\n\x11ServerInfoService\x12T\n\rGetServerInfo\x12 .oneword.v1.GetServerInfoRequest\x1a!.oneword.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/oneword/v1/server_info.proto\x12\noneword.v1\"\x16\n\x14GetServerInfoRequest\"\xc0\x03\n\x15GetServerInfoResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.oneword.v1.ModelInfo\x12)\n\x06limits\x18\x02 \x01(\x0b\x32\x19.oneword.v1.RequestLimits\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.oneword.v1.Load\x12\x41\n\x08versions\x18\x04 \x03(\x0b\x32/.oneword.v1.GetServerInfoResponse.VersionsEntry\x12,\n\x08training\x18\x05 \x01(\x0b\x32\x1a.oneword.v1.TrainingLimits\x12#\n\x04jobs\x18\x06 \x01(\x0b\x32\x15.oneword.v1.JobLimits\x12?\n\x07serving\x18\x07 \x03(\x0b\x32..oneword.v1.GetServerInfoResponse.ServingEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cServingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\"\xce\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tprecision\x18\x02 \x01(\t\x12\x17\n\x0fprediction_type\x18\x03 \x01(\t\x12\x1d\n\x15\x65mbedding_fingerprint\x18\x04 \x01(\t\x12\x15\n\rembedding_dim\x18\x05 \x01(\r\x12\x10\n\x08samplers\x18\x06 \x03(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_size\x18\x07 \x01(\r\x12\x15\n\rsize_multiple\x18\x08 \x01(\r\x12\x12\n\nmax_tokens\x18\t \x01(\r\"\xfd\x02\n\rRequestLimits\x12\x1e\n\x16max_images_per_request\x18\x01 \x01(\r\x12\x10\n\x08max_side\x18\x02 \x01(\r\x12\x12\n\nmax_pixels\x18\x03 \x01(\r\x12 \n\x18max_inline_concept_bytes\x18\x04 \x01(\r\x12 \n\x18max_concepts_per_request\x18\x05 \x01(\r\x12\x1d\n\x15max_prompt_characters\x18\x06 \x01(\r\x12\x1b\n\x13max_inference_steps\x18\x07 \x01(\r\x12\x19\n\x11max_queued_images\x18\x08 \x01(\r\x12\x1a\n\x12max_batch_requests\x18\t \x01(\r\x12\x14\n\x0cmax_priority\x18\n \x01(\r\x12!\n\x19max_request_id_characters\x18\x0b \x01(\r\x12\x1b\n\x13request_id_memory_s\x18\x0c \x01(\x01\x12\x19\n\x11max_message_bytes\x18\r \x01(\x04\"J\n\tJobLimits\x12\x15\n\rmax_open_jobs\x18\x01 \x01(\r\x12\x0e\n\x06keep_s\x18\x02 \x01(\x01\x12\x16\n\x0emax_kept_bytes\x18\x03 \x01(\x04\"\xeb\x02\n\x0eTrainingLimits\x12\x12\n\nmax_images\x18\x01 \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\x02 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x04\x12\x1a\n\x12max_captions_bytes\x18\x04 \x01(\x04\x12\x18\n\x10max_upload_bytes\x18\x05 \x01(\x04\x12\x18\n\x10upload_timeout_s\x18\x06 \x01(\x01\x12\x11\n\tmax_steps\x18\x07 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x08 \x01(\r\x12\x17\n\x0fmax_num_vectors\x18\t \x01(\r\x12\x13\n\x0bmax_uploads\x18\n \x01(\r\x12\x19\n\x11max_training_jobs\x18\x0b \x01(\r\x12\x1c\n\x14max_queued_trainings\x18\x0c \x01(\r\x12\x14\n\x0cmax_attempts\x18\r \x01(\r\x12\x1a\n\x12max_kept_trainings\x18\x0e \x01(\r\"\x84\x02\n\x04Load\x12\x18\n\x10images_in_flight\x18\x01 \x01(\r\x12\x15\n\rimages_queued\x18\x02 \x01(\r\x12\x18\n\x10requests_running\x18\x03 \x01(\r\x12\x19\n\x11\x62\x61\x63klog_row_steps\x18\x04 \x01(\x04\x12\x10\n\x08uptime_s\x18\x05 \x01(\x01\x12\"\n\x06totals\x18\x06 \x01(\x0b\x32\x12.oneword.v1.Totals\x12\x16\n\x0eresident_bytes\x18\x07 \x01(\x04\x12\x1f\n\x17\x63hildren_resident_bytes\x18\x08 \x01(\x04\x12\'\n\x07tenants\x18\t \x03(\x0b\x32\x16.oneword.v1.TenantLoad\"\x81\x05\n\x06Totals\x12\x0e\n\x06images\x18\x01 \x01(\x04\x12\x32\n\x08requests\x18\x02 \x03(\x0b\x32 .oneword.v1.Totals.RequestsEntry\x12*\n\x04shed\x18\x03 \x03(\x0b\x32\x1c.oneword.v1.Totals.ShedEntry\x12\x34\n\tcancelled\x18\x04 \x03(\x0b\x32!.oneword.v1.Totals.CancelledEntry\x12\x17\n\x0f\x64\x65\x61\x64line_missed\x18\x05 \x01(\x04\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x11\n\tstep_rows\x18\x07 \x01(\x04\x12\x0e\n\x06step_s\x18\x08 \x01(\x01\x12\x14\n\x0cqueue_wait_s\x18\t \x01(\x01\x12/\n\x07stage_s\x18\n \x03(\x0b\x32\x1e.oneword.v1.Totals.StageSEntry\x12\x35\n\ncache_hits\x18\x0b \x03(\x0b\x32!.oneword.v1.Totals.CacheHitsEntry\x12\x17\n\x0fworker_restarts\x18\x0c \x01(\x04\x1a/\n\rRequestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a+\n\tShedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x30\n\x0e\x43\x61ncelledEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a-\n\x0bStageSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x30\n\x0e\x43\x61\x63heHitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"f\n\nTenantLoad\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x18\n\x10requests_running\x18\x02 \x01(\r\x12\x13\n\x0bimages_left\x18\x03 \x01(\r\x12\x19\n\x11\x62\x61\x63klog_row_steps\x18\x04 \x01(\x04\x32i\n\x11ServerInfoService\x12T\n\rGetServerInfo\x12 .oneword.v1.GetServerInfoRequest\x1a!.oneword.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,22 +33,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._loaded_options = None
   _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_options = b'8\001'
+  _globals['_GETSERVERINFORESPONSE_SERVINGENTRY']._loaded_options = None
+  _globals['_GETSERVERINFORESPONSE_SERVINGENTRY']._serialized_options = b'8\001'
+  _globals['_TOTALS_REQUESTSENTRY']._loaded_options = None
+  _globals['_TOTALS_REQUESTSENTRY']._serialized_options = b'8\001'
+  _globals['_TOTALS_SHEDENTRY']._loaded_options = None
+  _globals['_TOTALS_SHEDENTRY']._serialized_options = b'8\001'
+  _globals['_TOTALS_CANCELLEDENTRY']._loaded_options = None
+  _globals['_TOTALS_CANCELLEDENTRY']._serialized_options = b'8\001'
+  _globals['_TOTALS_STAGESENTRY']._loaded_options = None
+  _globals['_TOTALS_STAGESENTRY']._serialized_options = b'8\001'
+  _globals['_TOTALS_CACHEHITSENTRY']._loaded_options = None
+  _globals['_TOTALS_CACHEHITSENTRY']._serialized_options = b'8\001'
   _globals['_GETSERVERINFOREQUEST']._serialized_start=51
   _globals['_GETSERVERINFOREQUEST']._serialized_end=73
   _globals['_GETSERVERINFORESPONSE']._serialized_start=76
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=411
-  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=364
-  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=411
-  _globals['_MODELINFO']._serialized_start=414
-  _globals['_MODELINFO']._serialized_end=620
-  _globals['_REQUESTLIMITS']._serialized_start=623
-  _globals['_REQUESTLIMITS']._serialized_end=1004
-  _globals['_JOBLIMITS']._serialized_start=1006
-  _globals['_JOBLIMITS']._serialized_end=1080
-  _globals['_TRAININGLIMITS']._serialized_start=1083
-  _globals['_TRAININGLIMITS']._serialized_end=1446
-  _globals['_LOAD']._serialized_start=1448
-  _globals['_LOAD']._serialized_end=1503
-  _globals['_SERVERINFOSERVICE']._serialized_start=1505
-  _globals['_SERVERINFOSERVICE']._serialized_end=1610
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=524
+  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=429
+  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=476
+  _globals['_GETSERVERINFORESPONSE_SERVINGENTRY']._serialized_start=478
+  _globals['_GETSERVERINFORESPONSE_SERVINGENTRY']._serialized_end=524
+  _globals['_MODELINFO']._serialized_start=527
+  _globals['_MODELINFO']._serialized_end=733
+  _globals['_REQUESTLIMITS']._serialized_start=736
+  _globals['_REQUESTLIMITS']._serialized_end=1117
+  _globals['_JOBLIMITS']._serialized_start=1119
+  _globals['_JOBLIMITS']._serialized_end=1193
+  _globals['_TRAININGLIMITS']._serialized_start=1196
+  _globals['_TRAININGLIMITS']._serialized_end=1559
+  _globals['_LOAD']._serialized_start=1562
+  _globals['_LOAD']._serialized_end=1822
+  _globals['_TOTALS']._serialized_start=1825
+  _globals['_TOTALS']._serialized_end=2466
+  _globals['_TOTALS_REQUESTSENTRY']._serialized_start=2227
+  _globals['_TOTALS_REQUESTSENTRY']._serialized_end=2274
+  _globals['_TOTALS_SHEDENTRY']._serialized_start=2276
+  _globals['_TOTALS_SHEDENTRY']._serialized_end=2319
+  _globals['_TOTALS_CANCELLEDENTRY']._serialized_start=2321
+  _globals['_TOTALS_CANCELLEDENTRY']._serialized_end=2369
+  _globals['_TOTALS_STAGESENTRY']._serialized_start=2371
+  _globals['_TOTALS_STAGESENTRY']._serialized_end=2416
+  _globals['_TOTALS_CACHEHITSENTRY']._serialized_start=2418
+  _globals['_TOTALS_CACHEHITSENTRY']._serialized_end=2466
+  _globals['_TENANTLOAD']._serialized_start=2468
+  _globals['_TENANTLOAD']._serialized_end=2570
+  _globals['_SERVERINFOSERVICE']._serialized_start=2572
+  _globals['_SERVERINFOSERVICE']._serialized_end=2677
 # @@protoc_insertion_point(module_scope)

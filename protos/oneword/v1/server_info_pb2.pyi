@@ -57,12 +57,33 @@ class GetServerInfoResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ServingEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bool
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """The loaded model."""
@@ -87,6 +108,10 @@ class GetServerInfoResponse(_message.Message):
     def jobs(self) -> Global___JobLimits:
         """What jobs may take up; absent where the server was started without a folder for them."""
 
+    @_builtins.property
+    def serving(self) -> _containers.ScalarMap[_builtins.str, _builtins.bool]:
+        """Whether each service serves, by its full name; "" is the server as a whole."""
+
     def __init__(
         self,
         *,
@@ -96,10 +121,11 @@ class GetServerInfoResponse(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         training: Global___TrainingLimits | None = ...,
         jobs: Global___JobLimits | None = ...,
+        serving: _abc.Mapping[_builtins.str, _builtins.bool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "limits", b"limits", "load", b"load", "model", b"model", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "limits", b"limits", "load", b"load", "model", b"model", "training", b"training", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "limits", b"limits", "load", b"load", "model", b"model", "serving", b"serving", "training", b"training", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -339,26 +365,278 @@ Global___TrainingLimits: _TypeAlias = TrainingLimits  # noqa: Y015
 
 @_typing.final
 class Load(_message.Message):
-    """What the server is doing now."""
+    """What the server is doing now, and has done."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     IMAGES_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     IMAGES_QUEUED_FIELD_NUMBER: _builtins.int
+    REQUESTS_RUNNING_FIELD_NUMBER: _builtins.int
+    BACKLOG_ROW_STEPS_FIELD_NUMBER: _builtins.int
+    UPTIME_S_FIELD_NUMBER: _builtins.int
+    TOTALS_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    CHILDREN_RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
     images_in_flight: _builtins.int
     """Images between their first and last step."""
     images_queued: _builtins.int
     """Images waiting for a slot."""
+    requests_running: _builtins.int
+    """Requests that wait or run."""
+    backlog_row_steps: _builtins.int
+    """Work that is not yet done: denoiser rows times steps, of all these requests."""
+    uptime_s: _builtins.float
+    """Seconds since the server started."""
+    resident_bytes: _builtins.int
+    """Bytes of memory of the server's process."""
+    children_resident_bytes: _builtins.int
+    """Bytes of memory of the processes below it: the model's, and those that learn."""
+    @_builtins.property
+    def totals(self) -> Global___Totals:
+        """Sums since then; the difference of two answers is what was done between them."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantLoad]:
+        """Whose requests wait or run, the largest backlog first, at most 20; for callers with the scope
+        `admin` alone, empty for all others.
+        """
+
     def __init__(
         self,
         *,
         images_in_flight: _builtins.int = ...,
         images_queued: _builtins.int = ...,
+        requests_running: _builtins.int = ...,
+        backlog_row_steps: _builtins.int = ...,
+        uptime_s: _builtins.float = ...,
+        totals: Global___Totals | None = ...,
+        resident_bytes: _builtins.int = ...,
+        children_resident_bytes: _builtins.int = ...,
+        tenants: _abc.Iterable[Global___TenantLoad] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["totals", b"totals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images_in_flight", b"images_in_flight", "images_queued", b"images_queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_row_steps", b"backlog_row_steps", "children_resident_bytes", b"children_resident_bytes", "images_in_flight", b"images_in_flight", "images_queued", b"images_queued", "requests_running", b"requests_running", "resident_bytes", b"resident_bytes", "tenants", b"tenants", "totals", b"totals", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class Totals(_message.Message):
+    """What a server has done since it started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RequestsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ShedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class CancelledEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class StageSEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class CacheHitsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    SHED_FIELD_NUMBER: _builtins.int
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    DEADLINE_MISSED_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    STEP_ROWS_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
+    QUEUE_WAIT_S_FIELD_NUMBER: _builtins.int
+    STAGE_S_FIELD_NUMBER: _builtins.int
+    CACHE_HITS_FIELD_NUMBER: _builtins.int
+    WORKER_RESTARTS_FIELD_NUMBER: _builtins.int
+    images: _builtins.int
+    """Images that were finished."""
+    deadline_missed: _builtins.int
+    """Requests whose deadline passed while they waited or ran."""
+    steps: _builtins.int
+    """Denoiser calls."""
+    step_rows: _builtins.int
+    """Rows of these calls."""
+    step_s: _builtins.float
+    """Seconds in these calls."""
+    queue_wait_s: _builtins.float
+    """Seconds that finished requests waited for their first slot."""
+    worker_restarts: _builtins.int
+    """Times that the model's process was started again."""
+    @_builtins.property
+    def requests(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Requests that ended, by how: "finished", "cancelled", "deadline", "shutting_down",
+        "numerical_error" or "failed".
+        """
+
+    @_builtins.property
+    def shed(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Requests that were refused at once for want of room or time, by reason: "queue_full",
+        "deadline", "rate_limited" or "shutting_down".
+        """
+
+    @_builtins.property
+    def cancelled(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Requests that were given up before their end, by reason: "caller", "deadline" or
+        "shutting_down".
+        """
+
+    @_builtins.property
+    def stage_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Seconds of finished requests by stage, "encode", "denoise" or "decode"; calls that they shared
+        count in full for each.
+        """
+
+    @_builtins.property
+    def cache_hits(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Images that were not drawn again, by cache."""
+
+    def __init__(
+        self,
+        *,
+        images: _builtins.int = ...,
+        requests: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        shed: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        cancelled: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        deadline_missed: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        step_rows: _builtins.int = ...,
+        step_s: _builtins.float = ...,
+        queue_wait_s: _builtins.float = ...,
+        stage_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        cache_hits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        worker_restarts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hits", b"cache_hits", "cancelled", b"cancelled", "deadline_missed", b"deadline_missed", "images", b"images", "queue_wait_s", b"queue_wait_s", "requests", b"requests", "shed", b"shed", "stage_s", b"stage_s", "step_rows", b"step_rows", "step_s", b"step_s", "steps", b"steps", "worker_restarts", b"worker_restarts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Totals: _TypeAlias = Totals  # noqa: Y015
+
+@_typing.final
+class TenantLoad(_message.Message):
+    """What one tenant has in the batcher."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    REQUESTS_RUNNING_FIELD_NUMBER: _builtins.int
+    IMAGES_LEFT_FIELD_NUMBER: _builtins.int
+    BACKLOG_ROW_STEPS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Its name."""
+    requests_running: _builtins.int
+    """Requests that wait or run."""
+    images_left: _builtins.int
+    """Images of these requests that are not finished."""
+    backlog_row_steps: _builtins.int
+    """Denoiser rows times steps that are still to do."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        requests_running: _builtins.int = ...,
+        images_left: _builtins.int = ...,
+        backlog_row_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_row_steps", b"backlog_row_steps", "images_left", b"images_left", "requests_running", b"requests_running", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantLoad: _TypeAlias = TenantLoad  # noqa: Y015
