@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.config_file import build, read_config_file
 from engine.config_text import example, to_toml
+from engine.log_queue import never_wait_for
 from engine.logs import configure_logging
 from engine.operations import check_available
 from engine.server import ServerConfig, serve
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(to_toml(config), end="")
         return 0
     check_available(config.operations)
-    configure_logging(config.operations.log_format)
+    never_wait_for(configure_logging(config.operations.log_format))
     logging.getLogger("engine").setLevel(logging.INFO)
     # The line that scripts wait for; everything else goes to the log on stderr.
     asyncio.run(serve(config, lambda address: print(f"listening on {address}", flush=True)))

@@ -39,8 +39,8 @@ denoiser.gate = Gate()
 signal.signal(signal.SIGUSR1, lambda *_: denoiser.gate.set())
 Pipeline.open = lambda *_arguments, **_settings: make_pipeline(denoiser)
 config = ServerConfig(
-    bundle=Path("none"), listen="127.0.0.1:0", grace_s=float(sys.argv[1]),
-    batcher=BatcherConfig(max_queued_images=1000),
+    bundle=Path("none"), listen="127.0.0.1:0", grace_s=float(sys.argv[1]), model_process=False,
+    batcher=BatcherConfig(max_queued_images=1000, cost_measurement_s=0.0),
 )
 asyncio.run(serve(config, lambda address: print(address, flush=True)))
 """

@@ -222,7 +222,9 @@ async def test_a_server_with_trusted_keys_opens_nothing_that_is_not_signed(
 
     monkeypatch.setattr(Pipeline, "open", open_none)
     security = SecurityConfig(trusted_keys=(public(keys),))
-    config = ServerConfig(bundle=bundle, listen="127.0.0.1:0", security=security)
+    config = ServerConfig(
+        bundle=bundle, listen="127.0.0.1:0", security=security, model_process=False
+    )
     with pytest.raises(BundleError, match="is not signed"):
         await serve(config)
     assert opened == []
@@ -237,7 +239,7 @@ async def test_a_server_with_trusted_keys_opens_nothing_that_is_not_signed(
     # Without trusted keys nothing changes: a signature is not asked for.
     (bundle / f"{MANIFEST}.sig").unlink()
     with pytest.raises(BundleError, match="as far as opening"):
-        await serve(ServerConfig(bundle=bundle, listen="127.0.0.1:0"))
+        await serve(ServerConfig(bundle=bundle, listen="127.0.0.1:0", model_process=False))
 
 
 def test_what_is_damaged_is_not_signed(bundle: Path, keys: Path) -> None:

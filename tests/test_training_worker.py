@@ -197,7 +197,8 @@ pipeline = pipeline_of(weights["embeddings.token_embedding.weight"])
 Pipeline.open = lambda *_arguments, **_settings: pipeline
 training = TrainingConfig(training_model=model, checkpoint_every_s=0.0, retry_delay_s=0.0)
 config = ServerConfig(
-    bundle=Path("none"), listen="127.0.0.1:0", concept_dir=concept_dir, training=training
+    bundle=Path("none"), listen="127.0.0.1:0", concept_dir=concept_dir, training=training,
+    model_process=False,
 )
 asyncio.run(serve(config, lambda address: print(address, flush=True)))
 """
