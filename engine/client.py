@@ -1,53 +1,53 @@
 """A blocking client of the server: what `oneword generate --server` and scripts call."""
 
-import re
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import builtins
+import os
+import random
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
-import grpc
-from grpc_status import rpc_status
-
-from engine.client_channel import ClientSecurity, open_channel
-from engine.concepts import FileFormat
-from engine.endpoint import DEFAULT_ADDRESS
-from engine.errors import OneWordError
-from engine.training_client import TrainingClient
-from protos.oneword.v1 import (
-    concepts_pb2,
-    concepts_pb2_grpc,
-    generation_pb2,
-    generation_pb2_grpc,
-    server_info_pb2,
-    server_info_pb2_grpc,
-    training_pb2_grpc,
+from engine import client_calls as calls
+from engine.client_calls import ConceptFileFormat, named_request
+from engine.client_channel import ClientSecurity, address_from_env, security_from_env
+from engine.client_errors import FieldViolation, ServerError
+from engine.client_generation import (
+    BatchStream,
+    Collected,
+    Event,
+    GenerateStream,
+    GenerationResult,
+    OnResult,
+    Outcome,
 )
+from engine.client_jobs import JobResult, JobsClient
+from engine.client_link import Link
+from engine.client_retries import RetryPolicy
+from engine.endpoint import DEFAULT_ADDRESS
+from engine.training_client import TrainingClient
+from protos.oneword.v1.concepts_pb2 import Concept, ImportConceptResponse
+from protos.oneword.v1.generation_pb2 import GenerateRequest, Progress
+from protos.oneword.v1.server_info_pb2 import GetServerInfoResponse
 
-_PAGE_SIZE = 500
-# What gRPC says where nobody listens, as against a bad address or a connection that broke.
-_CONNECT_FAILED = re.compile("failed to connect", re.IGNORECASE)
-
-
-class ServerError(OneWordError):
-    """A call that failed; `code` says how, the message what to do."""
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationResult:
-    """The images of one request, in the order of their seeds, and what the server says of them."""
-
-    request_id: str
-    images: list[bytes]  # files in the format asked for
-    summary: generation_pb2.Summary
+__all__ = [
+    "Client",
+    "ClientSecurity",
+    "Event",
+    "FieldViolation",
+    "GenerationResult",
+    "JobResult",
+    "RetryPolicy",
+    "ServerError",
+]
 
 
 class Client:
-    """A connection to one server. Every method raises `ServerError`; use it in a `with` block."""
+    """A connection to one server. Every method raises `ServerError`; use it in a `with` block.
+
+    Calls that a broken connection or a busy server has failed are repeated as `RetryPolicy` says,
+    never beyond their deadline; each does its work once. Threads may share a client.
+    """
 
     def __init__(
         self,
@@ -55,20 +55,44 @@ class Client:
         *,
         timeout_s: float | None = None,
         security: ClientSecurity | None = None,
+        retry: RetryPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        chance: Callable[[], float] = random.random,
     ) -> None:
-        """`timeout_s` is the deadline of every call; None: no deadline. Raises `ConfigError`."""
-        self._address = address
-        self._timeout_s = timeout_s
-        self._channel = open_channel(address, security or ClientSecurity())
-        self._generation = generation_pb2_grpc.ImageGenerationServiceStub(self._channel)
-        self._concepts = concepts_pb2_grpc.ConceptServiceStub(self._channel)
-        self._server_info = server_info_pb2_grpc.ServerInfoServiceStub(self._channel)
-        self.training = TrainingClient(
-            training_pb2_grpc.TrainingServiceStub(self._channel), timeout_s, self._errors
+        """`timeout_s` is the deadline of every call with all its attempts; None: no deadline.
+
+        Raises `ConfigError`.
+        """
+        self._link = Link(
+            address,
+            timeout_s=timeout_s,
+            security=security,
+            retry=retry,
+            clock=clock,
+            sleep=sleep,
+            chance=chance,
         )
+        self.jobs = JobsClient(self._link)
+        self.training = TrainingClient(self._link)
+
+    @classmethod
+    def from_env(
+        cls,
+        *,
+        timeout_s: float | None = None,
+        retry: RetryPolicy | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> "Client":
+        """The server and the token that the environment names: ONEWORD_SERVER, _TOKEN, _CA, _TLS.
+
+        Raises `ConfigError`.
+        """
+        address, security = address_from_env(environ), security_from_env(environ)
+        return cls(address, timeout_s=timeout_s, security=security, retry=retry)
 
     def close(self) -> None:
-        self._channel.close()
+        self._link.close()
 
     def __enter__(self) -> "Client":
         return self
@@ -78,119 +102,83 @@ class Client:
 
     def generate(
         self,
-        request: generation_pb2.GenerateRequest | None = None,
+        request: GenerateRequest | None = None,
         *,
-        on_progress: Callable[[generation_pb2.Progress], None] = lambda _progress: None,
+        on_progress: Callable[[Progress], None] = lambda _progress: None,
+        timeout_s: float | None = None,
         **fields: Any,
     ) -> GenerationResult:
         """Generate images from a request, or from the fields of one; leaving early cancels it."""
-        request = request or generation_pb2.GenerateRequest(**fields)
-        with self._errors():
-            call = self._generation.Generate(request, timeout=self._timeout_s)
-            try:
-                return _collect(call, on_progress)
-            finally:
-                call.cancel()  # no effect on a call that has ended
+        collected, result = Collected(), None
+        with closing(self.stream(request, timeout_s=timeout_s, **fields)) as events:
+            for event in events:
+                if isinstance(event, Progress):
+                    on_progress(event)
+                result = collected.add(event) or result
+        assert result is not None  # a stream ends with its summary, or raises
+        return result
+
+    def stream(
+        self,
+        request: GenerateRequest | None = None,
+        *,
+        timeout_s: float | None = None,
+        **fields: Any,
+    ) -> Generator[Event]:
+        """Accepted, then Progress and ImageResult as they come, then Summary; each once.
+
+        Closing the generator (`contextlib.closing`) cancels the request.
+        """
+        stream = GenerateStream(named_request(request, fields))
+        return self._link.stream(stream, self._link.within(timeout_s))
+
+    def generate_many(
+        self,
+        requests: Sequence[GenerateRequest],
+        *,
+        on_result: OnResult = lambda _index, _outcome: None,
+        timeout_s: float | None = None,
+    ) -> builtins.list[Outcome]:
+        """The result of each request, or the `ServerError` that it has failed with.
+
+        `on_result` is told each of them with the index of its request, as soon as it is there.
+        """
+        batch = BatchStream([named_request(request, {}) for request in requests])
+        with closing(self._outcomes(batch, self._link.within(timeout_s))) as outcomes:
+            for index, outcome in outcomes:
+                on_result(index, outcome)
+        return [batch.outcomes[index] for index in range(len(requests))]
+
+    def _outcomes(
+        self, batch: BatchStream, timeout_s: float | None
+    ) -> Generator[tuple[int, Outcome]]:
+        try:
+            yield from self._link.stream(batch, timeout_s)
+        except ServerError as error:
+            yield from batch.give_up(error)
 
     def import_concept(
         self, content: bytes, *, placeholder_token: str = "", overwrite: bool = False
-    ) -> concepts_pb2.ImportConceptResponse:
+    ) -> ImportConceptResponse:
         """Store the bytes of a concept file."""
-        request = concepts_pb2.ImportConceptRequest(
-            content=content, placeholder_token=placeholder_token, overwrite=overwrite
-        )
-        with self._errors():
-            return self._concepts.ImportConcept(request, timeout=self._timeout_s)
+        return self._link.call(calls.import_concept(content, placeholder_token, overwrite))
 
-    def get(self, placeholder_token: str) -> concepts_pb2.Concept:
+    def get(self, placeholder_token: str) -> Concept:
         """Describe a stored concept, with its metadata."""
-        request = concepts_pb2.GetConceptRequest(placeholder_token=placeholder_token)
-        with self._errors():
-            return self._concepts.GetConcept(request, timeout=self._timeout_s).concept
+        return self._link.call(calls.get_concept(placeholder_token))
 
-    def list(self) -> Iterator[concepts_pb2.Concept]:
+    def list(self) -> Iterator[Concept]:
         """All stored concepts in the order of their names, fetched page by page."""
-        request = concepts_pb2.ListConceptsRequest(page_size=_PAGE_SIZE)
-        while True:
-            with self._errors():
-                page = self._concepts.ListConcepts(request, timeout=self._timeout_s)
-            yield from page.concepts
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+        return self._link.pages(calls.list_concepts)
 
     def delete(self, placeholder_token: str) -> None:
         """Remove a stored concept."""
-        request = concepts_pb2.DeleteConceptRequest(placeholder_token=placeholder_token)
-        with self._errors():
-            self._concepts.DeleteConcept(request, timeout=self._timeout_s)
+        self._link.call(calls.delete_concept(placeholder_token))
 
-    def export(self, placeholder_token: str, file_format: FileFormat = "oneword") -> bytes:
+    def export(self, placeholder_token: str, file_format: ConceptFileFormat = "oneword") -> bytes:
         """The bytes of a stored concept as a file."""
-        request = concepts_pb2.ExportConceptRequest(
-            placeholder_token=placeholder_token,
-            format=concepts_pb2.CONCEPT_FORMAT_DIFFUSERS
-            if file_format == "diffusers"
-            else concepts_pb2.CONCEPT_FORMAT_ONEWORD,
-        )
-        with self._errors():
-            return self._concepts.ExportConcept(request, timeout=self._timeout_s).content
+        return self._link.call(calls.export_concept(placeholder_token, file_format))
 
-    def server_info(self) -> server_info_pb2.GetServerInfoResponse:
+    def server_info(self) -> GetServerInfoResponse:
         """The model, the limits and the load of the server."""
-        with self._errors():
-            return self._server_info.GetServerInfo(
-                server_info_pb2.GetServerInfoRequest(), timeout=self._timeout_s
-            )
-
-    @contextmanager
-    def _errors(self) -> Generator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise self._translated(error) from error
-
-    def _translated(self, error: grpc.RpcError) -> ServerError:
-        # Every error of a call is also its grpc.Call; the type stubs do not say so.
-        assert isinstance(error, grpc.Call)
-        answered = rpc_status.from_call(error) is not None  # by the server, not by the transport
-        code, details = error.code(), error.details() or ""
-        return ServerError(code, self._explain(code, details, answered))
-
-    def _explain(self, code: grpc.StatusCode, details: str, answered: bool) -> str:
-        match code:
-            case grpc.StatusCode.UNAVAILABLE if not answered and _CONNECT_FAILED.search(details):
-                return f"no server at {self._address}; start one with `oneword serve`"
-            case grpc.StatusCode.UNAVAILABLE if not answered:
-                return f"no connection to {self._address}, or it broke; try again ({details})"
-            case grpc.StatusCode.UNIMPLEMENTED:
-                return f"the server at {self._address} is not a OneWord server of this version"
-            case grpc.StatusCode.DEADLINE_EXCEEDED:
-                return f"no answer within {self._timeout_s} s; allow more time, or ask for less"
-            case _:
-                return details or code.name
-
-
-def _collect(
-    responses: Iterator[generation_pb2.GenerateResponse],
-    on_progress: Callable[[generation_pb2.Progress], None],
-) -> GenerationResult:
-    request_id = ""
-    images: dict[int, bytes] = {}
-    for response in responses:
-        match response.WhichOneof("event"):
-            case "accepted":
-                request_id = response.accepted.request_id
-            case "progress":
-                on_progress(response.progress)
-            case "image":
-                images[response.image.image_index] = response.image.image
-            case "summary":
-                return GenerationResult(
-                    request_id=request_id,
-                    images=[images[index] for index in sorted(images)],
-                    summary=response.summary,
-                )
-            case None:  # an event that a later version has added
-                pass
-    raise ServerError(grpc.StatusCode.INTERNAL, "the server ended the stream without a summary")
+        return self._link.call(calls.server_info())

@@ -1,102 +1,88 @@
-"""Trainings from a script: the part of the blocking client that has words learned."""
+"""Trainings from a script: the part of both clients that has words learned."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
+from engine.client_calls import PAGE_SIZE, Call, Page, Stubs, new_request_id
+from engine.client_errors import ServerError
+from engine.client_jobs import watch_broke
+from engine.client_link import AsyncLink, Link
 from engine.errors import InvalidRequest
 from engine.training_option_wire import options_to_proto
-from protos.oneword.v1 import training_pb2, training_pb2_grpc
+from protos.oneword.v1 import training_pb2
+from protos.oneword.v1.training_pb2 import (
+    GetTrainingResponse,
+    Training,
+    WatchTrainingRequest,
+    WatchTrainingResponse,
+)
 
 CHUNK_BYTES = 256 << 10
-_PAGE_SIZE = 500
+ENDED = (
+    training_pb2.TRAINING_STATE_SUCCEEDED,
+    training_pb2.TRAINING_STATE_FAILED,
+    training_pb2.TRAINING_STATE_CANCELLED,
+)
 
 
-class TrainingClient:
-    """The trainings of one server, as `Client.training`. Every method raises `ServerError`."""
+class WatchTrainingStream:
+    """A training until it has ended, watched again wherever the server was stopped meanwhile."""
 
-    def __init__(
-        self,
-        stub: training_pb2_grpc.TrainingServiceStub,
-        timeout_s: float | None,
-        errors: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        """`errors` turns what gRPC raises into `ServerError`."""
-        self._stub = stub
-        self._timeout_s = timeout_s
-        self._errors = errors
+    patient = True
 
-    def create(
-        self,
-        placeholder_token: str,
-        images: Mapping[str, bytes],
-        *,
-        masks: Mapping[str, bytes] | None = None,
-        captions: Mapping[str, str] | None = None,
-        overwrite: bool = False,
-        request_id: str = "",
-        preview_every_steps: int = 0,
-        **options: Any,
-    ) -> training_pb2.Training:
-        """Send images (PNG, JPEG or WebP) by name to have a word learned from them.
+    def __init__(self, training_id: str) -> None:
+        self.ended = False
+        self.gains = 0
+        self._request = WatchTrainingRequest(training_id=training_id)
+        self._last: WatchTrainingResponse | None = None
 
-        `masks` (PNG) and `captions` (one sentence a line) are by the name of their image, `options`
-        the fields of `LearnOptions`, choices by their words. With a `request_id` the call can be
-        repeated. Raises `InvalidRequest` for what cannot be sent.
-        """
-        if strangers := sorted((set(masks or ()) | set(captions or ())) - set(images)):
-            raise InvalidRequest(
-                f"masks or captions of no image: {', '.join(strangers)}; name them as their images"
-            )
-        spec = training_pb2.TrainingSpec(
-            placeholder_token=placeholder_token,
-            options=options_to_proto(options),
-            overwrite=overwrite,
-            request_id=request_id,
-            preview_every_steps=preview_every_steps,
+    def method(self, stubs: Stubs) -> Any:
+        return stubs.training.WatchTraining
+
+    def request(self) -> WatchTrainingRequest:
+        return self._request
+
+    def read(self, response: WatchTrainingResponse) -> Iterable[WatchTrainingResponse]:
+        self.ended = response.training.state in ENDED
+        if response == self._last:
+            return ()
+        self._last = response
+        self.gains += 1
+        return (response,)
+
+    def cut_short(self) -> ServerError | None:
+        return watch_broke()
+
+
+def create_training(
+    placeholder_token: str,
+    images: Mapping[str, bytes],
+    *,
+    masks: Mapping[str, bytes] | None = None,
+    captions: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    request_id: str = "",
+    preview_every_steps: int = 0,
+    **options: Any,
+) -> Call[Training]:
+    """An upload with an id, by which it can be repeated; the rest is as in `TrainingClient`."""
+    masks, captions = masks or {}, captions or {}
+    if strangers := sorted((set(masks) | set(captions)) - set(images)):
+        raise InvalidRequest(
+            f"masks or captions of no image: {', '.join(strangers)}; name them as their images"
         )
-        with self._errors():
-            requests = create_requests(spec, images, masks or {}, captions or {})
-            return self._stub.CreateTraining(requests, timeout=self._timeout_s).training
-
-    def watch(self, training_id: str) -> Generator[training_pb2.WatchTrainingResponse]:
-        """A training now and whenever it has changed, until it has ended; without a deadline."""
-        request = training_pb2.WatchTrainingRequest(training_id=training_id)
-        with self._errors():
-            call = self._stub.WatchTraining(request)
-            try:
-                yield from call
-            finally:
-                call.cancel()  # no effect on a call that has ended
-
-    def get(self, training_id: str) -> training_pb2.GetTrainingResponse:
-        """Describe a training; with the concept file, once there is one."""
-        request = training_pb2.GetTrainingRequest(training_id=training_id)
-        with self._errors():
-            return self._stub.GetTraining(request, timeout=self._timeout_s)
-
-    def cancel(self, training_id: str) -> training_pb2.Training:
-        """Ask a training to stop."""
-        request = training_pb2.CancelTrainingRequest(training_id=training_id)
-        with self._errors():
-            return self._stub.CancelTraining(request, timeout=self._timeout_s).training
-
-    def list(self) -> Iterator[training_pb2.Training]:
-        """All trainings, the latest first, fetched page by page."""
-        request = training_pb2.ListTrainingsRequest(page_size=_PAGE_SIZE)
-        while True:
-            with self._errors():
-                page = self._stub.ListTrainings(request, timeout=self._timeout_s)
-            yield from page.trainings
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
-
-    def delete(self, training_id: str) -> None:
-        """Forget a training that has ended."""
-        request = training_pb2.DeleteTrainingRequest(training_id=training_id)
-        with self._errors():
-            self._stub.DeleteTraining(request, timeout=self._timeout_s)
+    spec = training_pb2.TrainingSpec(
+        placeholder_token=placeholder_token,
+        options=options_to_proto(options),
+        overwrite=overwrite,
+        request_id=request_id or new_request_id(),
+        preview_every_steps=preview_every_steps,
+    )
+    return Call(
+        method=lambda stubs: stubs.training.CreateTraining,
+        request=lambda: create_requests(spec, images, masks, captions),
+        read=lambda reply: reply.training,
+    )
 
 
 def create_requests(
@@ -123,3 +109,151 @@ def _chunks(file_name: str, content: bytes) -> Iterator[training_pb2.ImageChunk]
     for offset in range(0, len(content), CHUNK_BYTES):
         data = content[offset : offset + CHUNK_BYTES]
         yield training_pb2.ImageChunk(file_name=file_name, offset=offset, data=data)
+
+
+def get_training(training_id: str) -> Call[GetTrainingResponse]:
+    message = training_pb2.GetTrainingRequest(training_id=training_id)
+    return Call(
+        method=lambda stubs: stubs.training.GetTraining,
+        request=lambda: message,
+        read=lambda reply: reply,
+    )
+
+
+def cancel_training(training_id: str) -> Call[Training]:
+    message = training_pb2.CancelTrainingRequest(training_id=training_id)
+    return Call(
+        method=lambda stubs: stubs.training.CancelTraining,
+        request=lambda: message,
+        read=lambda reply: reply.training,
+    )
+
+
+def list_trainings(page_token: str) -> Call[Page[Training]]:
+    message = training_pb2.ListTrainingsRequest(page_size=PAGE_SIZE, page_token=page_token)
+    return Call(
+        method=lambda stubs: stubs.training.ListTrainings,
+        request=lambda: message,
+        read=lambda reply: Page(reply.trainings, reply.next_page_token),
+    )
+
+
+def delete_training(training_id: str) -> Call[None]:
+    message = training_pb2.DeleteTrainingRequest(training_id=training_id)
+    return Call(
+        method=lambda stubs: stubs.training.DeleteTraining,
+        request=lambda: message,
+        read=lambda _reply: None,
+        removes=True,
+    )
+
+
+class TrainingClient:
+    """The trainings of one server, as `Client.training`. Every method raises `ServerError`."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def create(
+        self,
+        placeholder_token: str,
+        images: Mapping[str, bytes],
+        *,
+        masks: Mapping[str, bytes] | None = None,
+        captions: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+        request_id: str = "",
+        preview_every_steps: int = 0,
+        **options: Any,
+    ) -> Training:
+        """Send images (PNG, JPEG or WebP) by name to have a word learned from them.
+
+        `masks` (PNG) and `captions` (one sentence a line) are by the name of their image, `options`
+        the fields of `LearnOptions`, choices by their words. With the `request_id` of an earlier
+        call: the same training. Raises `InvalidRequest` for what cannot be sent.
+        """
+        call = create_training(
+            placeholder_token,
+            images,
+            masks=masks,
+            captions=captions,
+            overwrite=overwrite,
+            request_id=request_id,
+            preview_every_steps=preview_every_steps,
+            **options,
+        )
+        return self._link.call(call)
+
+    def watch(
+        self, training_id: str, *, timeout_s: float | None = None
+    ) -> Generator[WatchTrainingResponse]:
+        """A training now and whenever it has changed, until it has ended.
+
+        Goes on after a server was away for at most `RetryPolicy.max_outage_s`. Without `timeout_s`
+        there is no deadline.
+        """
+        return self._link.stream(WatchTrainingStream(training_id), timeout_s)
+
+    def get(self, training_id: str) -> GetTrainingResponse:
+        """Describe a training; with the concept file, once there is one."""
+        return self._link.call(get_training(training_id))
+
+    def cancel(self, training_id: str) -> Training:
+        """Ask a training to stop."""
+        return self._link.call(cancel_training(training_id))
+
+    def list(self) -> Generator[Training]:
+        """All trainings, the latest first, fetched page by page."""
+        return self._link.pages(list_trainings)
+
+    def delete(self, training_id: str) -> None:
+        """Forget a training that has ended."""
+        self._link.call(delete_training(training_id))
+
+
+class AsyncTrainingClient:
+    """The same under asyncio, as `AsyncClient.training`."""
+
+    def __init__(self, link: AsyncLink) -> None:
+        self._link = link
+
+    async def create(
+        self,
+        placeholder_token: str,
+        images: Mapping[str, bytes],
+        *,
+        masks: Mapping[str, bytes] | None = None,
+        captions: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+        request_id: str = "",
+        preview_every_steps: int = 0,
+        **options: Any,
+    ) -> Training:
+        call = create_training(
+            placeholder_token,
+            images,
+            masks=masks,
+            captions=captions,
+            overwrite=overwrite,
+            request_id=request_id,
+            preview_every_steps=preview_every_steps,
+            **options,
+        )
+        return await self._link.call(call)
+
+    def watch(
+        self, training_id: str, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[WatchTrainingResponse]:
+        return self._link.stream(WatchTrainingStream(training_id), timeout_s)
+
+    async def get(self, training_id: str) -> GetTrainingResponse:
+        return await self._link.call(get_training(training_id))
+
+    async def cancel(self, training_id: str) -> Training:
+        return await self._link.call(cancel_training(training_id))
+
+    def list(self) -> AsyncGenerator[Training]:
+        return self._link.pages(list_trainings)
+
+    async def delete(self, training_id: str) -> None:
+        await self._link.call(delete_training(training_id))

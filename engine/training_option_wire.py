@@ -1,12 +1,18 @@
-"""The options of learning in the words of the API and back; on both sides of a connection."""
+"""The options of learning in the words of the API and back; on both sides of a connection.
+
+A client imports this: nothing of the runtime is needed here.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import InvalidRequest
-from engine.training_options import LEARNABLE_PROPERTIES, OPTIMIZERS, STOP_RULES
 from protos.oneword.v1 import training_pb2
 
+# The words of the trainer, in the order of the enum's numbers from 1 on.
+LEARNABLE_PROPERTIES = ("object", "style")
+OPTIMIZERS = ("adam", "adamw", "dti")
+STOP_RULES = ("steps", "dvar")
 _OPTIONAL_FIELDS = (
     "steps",
     "batch_size",
@@ -23,7 +29,6 @@ _OPTIONAL_FIELDS = (
     "per_image_tokens",
     "cross_initialization",
 )
-# The words of the trainer, in the order of the enum's numbers from 1 on.
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "learnable_property": LEARNABLE_PROPERTIES,
     "optimizer": OPTIMIZERS,

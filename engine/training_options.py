@@ -11,9 +11,6 @@ from typing import Any
 from engine.concepts import MAX_NUM_VECTORS
 from engine.errors import InvalidRequest
 
-LEARNABLE_PROPERTIES = ("object", "style")
-OPTIMIZERS = ("adam", "adamw", "dti")
-STOP_RULES = ("steps", "dvar")
 AUTO = "auto"  # as initializer_token: search for it
 MAX_LEARN_SEED = 2**63 - 1  # what torch.Generator takes
 MAX_INITIALIZER_CHARACTERS = 200

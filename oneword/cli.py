@@ -1,4 +1,4 @@
-"""The command `oneword`: learn, evaluate, serve, status, top, generate, concepts, tokens, keys, ...
+"""The command `oneword`: learn, evaluate, serve, status, top, generate, jobs, concepts, ...
 
 Only the command that was asked for is imported: a client needs neither PyTorch nor ONNX Runtime.
 """
@@ -26,6 +26,7 @@ COMMANDS = {
     "status": ("oneword.status", "say whether a server serves, what it is and how busy"),
     "top": ("oneword.top", "watch what a server does"),
     "generate": ("oneword.generate", "draw images, from a server or in this process"),
+    "jobs": ("oneword.jobs", "have a server draw images later: submit, watch, get, cancel"),
     "trainings": ("oneword.trainings", "have a server learn words: create, watch, list, cancel"),
     "concepts": ("oneword.concepts", "import, list, show, export and delete learned words"),
     "tokens": ("oneword.tokens", "say who may call a server: create, list and revoke tokens"),

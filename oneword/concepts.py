@@ -11,10 +11,9 @@ from pathlib import Path
 from engine.concepts import Concept, concept_from_bytes, concept_to_bytes
 from engine.dialect_writers import DIALECTS, NAMED_BY_FILE, write_dialect
 from engine.dialects import TORCH_SUFFIXES, read_concepts
-from engine.endpoint import DEFAULT_ADDRESS
 from engine.errors import InvalidRequest
 from engine.printing import printable
-from oneword.connection import add_security_arguments, connect
+from oneword.connection import add_server_arguments, connect
 from protos.oneword.v1 import concepts_pb2
 
 
@@ -39,10 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _add(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None]) -> None:
-    parser.add_argument(
-        "--server", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s"
-    )
-    add_security_arguments(parser)
+    add_server_arguments(parser)
     parser.set_defaults(action=action)
 
 

@@ -2,13 +2,30 @@
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from engine.client import Client
-from engine.client_channel import ClientSecurity
+from engine.client_channel import (
+    CA_VARIABLE,
+    SERVER_VARIABLE,
+    TOKEN_VARIABLE,
+    address_from_env,
+    security_from_env,
+)
+from engine.client_retries import RetryPolicy
 from engine.credentials import read_private_file
 
-TOKEN_VARIABLE = "ONEWORD_TOKEN"
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """The server that is asked, and how it is reached."""
+    parser.add_argument(
+        "--server",
+        default=address_from_env(os.environ),
+        metavar="HOST:PORT",
+        help=f"default: the environment's {SERVER_VARIABLE}, else %(default)s",
+    )
+    add_security_arguments(parser)
 
 
 def add_security_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +33,7 @@ def add_security_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("for servers with TLS and authentication")
     group.add_argument("--tls", action="store_true", help="TLS, trusting this system's authorities")
     for name, summary in (
-        ("tls-ca", "TLS, trusting this authority (PEM)"),
+        ("tls-ca", f"TLS, trusting this authority (PEM; default: the environment's {CA_VARIABLE})"),
         ("tls-cert", "show this certificate (PEM)"),
         ("tls-key", "its private key (PEM)"),
         ("token-file", f"file with the token (default: the environment's {TOKEN_VARIABLE})"),
@@ -24,19 +41,21 @@ def add_security_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=Path, metavar="FILE", help=summary)
 
 
-def connect(arguments: argparse.Namespace, *, timeout_s: float | None = None) -> Client:
-    """The client that the flags describe; raises `ConfigError`."""
-    security = ClientSecurity(
-        token=_token(arguments.token_file),
-        tls=arguments.tls,
-        tls_ca=arguments.tls_ca,
+def connect(
+    arguments: argparse.Namespace,
+    *,
+    timeout_s: float | None = None,
+    retry: RetryPolicy | None = None,
+) -> Client:
+    """The client that flags and environment describe, flags first; raises `ConfigError`."""
+    security = security_from_env(os.environ)
+    if arguments.token_file is not None:
+        security = replace(security, token=read_private_file(arguments.token_file).strip())
+    security = replace(
+        security,
+        tls=arguments.tls or security.tls,
+        tls_ca=arguments.tls_ca or security.tls_ca,
         tls_cert=arguments.tls_cert,
         tls_key=arguments.tls_key,
     )
-    return Client(arguments.server, timeout_s=timeout_s, security=security)
-
-
-def _token(path: Path | None) -> str | None:
-    if path is not None:
-        return read_private_file(path).strip()
-    return os.environ.get(TOKEN_VARIABLE) or None
+    return Client(arguments.server, timeout_s=timeout_s, security=security, retry=retry)

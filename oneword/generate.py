@@ -5,12 +5,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from engine.client import GenerationResult
+from engine.client_channel import SERVER_VARIABLE
 from engine.concepts import concept_to_bytes, read_concept
 from engine.errors import InvalidRequest
 from engine.files import write_atomically
@@ -36,12 +38,29 @@ _NUMBERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags carry the names of `GenerationRequest`, and its defaults."""
+    """What to draw, and who draws it."""
+    server = os.environ.get(SERVER_VARIABLE) or None
+    source = parser.add_mutually_exclusive_group(required=server is None)
+    source.add_argument(
+        "--server",
+        default=server,
+        metavar="HOST:PORT",
+        help=f"ask this server (default: the environment's {SERVER_VARIABLE})",
+    )
+    source.add_argument("--bundle", type=Path, help="draw in this process, without a server")
+    add_request_arguments(parser)
+    parser.add_argument(
+        "--output", type=Path, default=Path("oneword.png"), help=".png or .webp; several images "
+        "are numbered: x-0.png, x-1.png"
+    )  # fmt: skip
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
+    add_security_arguments(parser)
+
+
+def add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to draw; flags carry the names of `GenerationRequest`, and its defaults."""
     defaults = GenerationRequest(prompt="")
     parser.add_argument("prompt", help="text; `<word>` is a concept, `(word:1.3)` a weight")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--server", metavar="HOST:PORT", help="ask this server")
-    source.add_argument("--bundle", type=Path, help="draw in this process, without a server")
     parser.add_argument(
         "--concept",
         action="append",
@@ -65,37 +84,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength", type=float, help=f"0 to 1, with --init-image; default {defaults.strength:g}"
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("oneword.png"), help=".png or .webp; several images "
-        "are numbered: x-0.png, x-1.png"
-    )  # fmt: skip
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
-    add_security_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw, write the pictures, and say what they were drawn with."""
-    request = build_request(arguments)
-    _check_output(arguments.output)
+    request = build_request(arguments, image_format_of(arguments.output))
+    check_output(arguments.output)
     bar: tqdm[Any] = tqdm(total=1, unit="step", leave=False, disable=not sys.stderr.isatty())
     with bar:
         progress = _Progress(bar, arguments.num_images)
-        if arguments.server:
+        if arguments.bundle is None:
             with connect(arguments, timeout_s=arguments.timeout) as client:
                 result = client.generate(request, on_progress=progress)
         else:
             result = generate_in_process(
                 request, arguments.bundle, progress, timeout_s=arguments.timeout
             )
-    for path, content in zip(_paths(arguments.output, result), result.images, strict=True):
-        write_atomically(path, content)
-        print(path)
+    write_images(arguments.output, result.images)
     for line in describe(result.summary):
         print(line, file=sys.stderr)
     return 0
 
 
-def build_request(arguments: argparse.Namespace) -> generation_pb2.GenerateRequest:
+def write_images(output: Path, images: Sequence[bytes]) -> None:
+    """Write pictures, numbered where there are several, and print their paths."""
+    for path, content in zip(_paths(output, len(images)), images, strict=True):
+        write_atomically(path, content)
+        print(path)
+
+
+def build_request(
+    arguments: argparse.Namespace, image_format: ImageFormat
+) -> generation_pb2.GenerateRequest:
     """The flags as a request; ranges are the server's to check."""
     request = generation_pb2.GenerateRequest(
         prompt=arguments.prompt,
@@ -104,7 +124,7 @@ def build_request(arguments: argparse.Namespace) -> generation_pb2.GenerateReque
         sampler=arguments.sampler,
         guidance_scale=arguments.guidance_scale,
         strength=arguments.strength,
-        image_format=_WIRE_FORMATS[_image_format(arguments.output)],
+        image_format=_WIRE_FORMATS[image_format],
     )
     for name, largest in _NUMBERS.items():
         value = getattr(arguments, name)
@@ -202,13 +222,14 @@ def describe(summary: generation_pb2.Summary) -> list[str]:
     return lines
 
 
-def _image_format(output: Path) -> ImageFormat:
+def image_format_of(output: Path) -> ImageFormat:
+    """The format that the name of a file asks for; raises `InvalidRequest`."""
     if output.suffix.lower() not in _FORMATS:
         raise InvalidRequest(f"--output must end in .png or .webp, got {str(output)!r}")
     return _FORMATS[output.suffix.lower()]
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Find out now, not after the last step, that the pictures cannot be written."""
     if output.is_dir():
         raise InvalidRequest(f"--output {output} is a folder; name a file in it")
@@ -216,9 +237,7 @@ def _check_output(output: Path) -> None:
         raise InvalidRequest(f"--output {output}: {output.parent} is not a folder to write to")
 
 
-def _paths(output: Path, result: GenerationResult) -> list[Path]:
-    if len(result.images) == 1:
+def _paths(output: Path, count: int) -> list[Path]:
+    if count == 1:
         return [output]
-    return [
-        output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(len(result.images))
-    ]
+    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]

@@ -5,7 +5,6 @@ import argparse
 from google.protobuf.json_format import MessageToJson
 
 from engine.client import Client
-from engine.endpoint import DEFAULT_ADDRESS
 from oneword import connection
 from oneword.load_display import is_serving, status_lines
 
@@ -24,13 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--server", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s"
-    )
+    connection.add_server_arguments(parser)
     parser.add_argument(
         "--timeout-s", type=float, default=_TIMEOUT_S, help="for its answer (default: %(default)s)"
     )
-    connection.add_security_arguments(parser)
 
 
 def connect(arguments: argparse.Namespace) -> Client:

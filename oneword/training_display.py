@@ -28,9 +28,9 @@ def state_name(state: int) -> str:
     return names.get(state, str(state)).removeprefix(_PREFIX).lower()
 
 
-def command_line(action: str, server: str, *words: str) -> str:
+def command_line(action: str, server: str, *words: str, command: str = "trainings") -> str:
     """A command that goes on where this one ends, to be copied by the user."""
-    return printable(shlex.join(["oneword", "trainings", action, *words, "--server", server]))
+    return printable(shlex.join(["oneword", command, action, *words, "--server", server]))
 
 
 def follow(client: Client, server: str, training_id: str, previews: Path | None) -> int:

@@ -11,11 +11,11 @@ from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from engine.endpoint import DEFAULT_ADDRESS
+from engine.client_retries import RetryPolicy
 from engine.errors import InvalidRequest
 from engine.files import write_atomically
 from engine.printing import printable
-from oneword.connection import add_security_arguments, connect
+from oneword.connection import add_server_arguments, connect
 from oneword.image_folder import ImageFolder, read_image_folder
 from oneword.training_display import INTERRUPTED, command_line, follow, state_name
 from protos.oneword.v1 import training_pb2
@@ -24,6 +24,8 @@ from trainer.options import LearnOptions
 from trainer.presets import check_captions
 
 _DEFAULT_PREVIEW_EVERY = 50
+# Whoever watches is told soon that the server is gone, and how to go on.
+_RETRY = RetryPolicy(max_outage_s=5.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _add(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], int]) -> None:
-    parser.add_argument(
-        "--server", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s"
-    )
-    add_security_arguments(parser)
+    add_server_arguments(parser)
     parser.set_defaults(action=action)
 
 
@@ -92,7 +91,7 @@ def _create(arguments: argparse.Namespace) -> int:
     folder = read_image_folder(arguments.images, arguments.placeholder_token)
     _report(folder)
     check_captions(arguments.presets, {name: name in folder.captions for name in folder.images})
-    with connect(arguments) as client:
+    with connect(arguments, retry=_RETRY) as client:
         try:
             training = client.training.create(
                 arguments.placeholder_token,
@@ -142,7 +141,7 @@ def _report(folder: ImageFolder) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    with connect(arguments) as client:
+    with connect(arguments, retry=_RETRY) as client:
         return follow(client, arguments.server, arguments.training_id, arguments.previews)
 
 

@@ -25,16 +25,14 @@ from engine.concepts import read_concept
 from engine.fingerprint import embedding_fingerprint
 from engine.training_folder import TrainingFolder, TrainingRecord
 from engine.training_model import read_fingerprint
-from engine.training_option_wire import options_from_proto, options_to_proto
-from engine.training_options import (
-    AUTO,
+from engine.training_option_wire import (
     LEARNABLE_PROPERTIES,
-    MAX_CANDIDATES,
-    MAX_STEPS_BETWEEN,
-    MAX_STOP_WINDOW,
     OPTIMIZERS,
     STOP_RULES,
+    options_from_proto,
+    options_to_proto,
 )
+from engine.training_options import AUTO, MAX_CANDIDATES, MAX_STEPS_BETWEEN, MAX_STOP_WINDOW
 from engine.training_reports import Failure, Progress, Skipped, from_line, to_line
 from engine.training_spec import TrainingLimits, TrainingSpec, check_spec
 from engine.training_store import TrainingStore
