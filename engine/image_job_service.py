@@ -174,7 +174,8 @@ class ImageJobService(generation_pb2_grpc.ImageJobServiceServicer):
         indices = await asyncio.to_thread(runner.store.indices, job.job_id)
         done, total = runner.progress(job.job_id)
         ended = None if job.end_time is None else timestamp_to_proto(job.end_time)
-        expires = job.end_time and timestamp_to_proto(job.end_time + runner.store.limits.keep_s)
+        keep_s = runner.store.limits.keep_s
+        expires = None if job.end_time is None else timestamp_to_proto(job.end_time + keep_s)
         return pb.Job(
             job_id=job.job_id,
             state=_STATES[job.status],

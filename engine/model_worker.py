@@ -111,7 +111,8 @@ def serve(connection: socket.socket, bundle: Path, execution_provider: str, load
         opened = Bundle.open(bundle)
         worker = Worker(load(opened, execution_provider))
     except Exception as error:
-        send(connection, Message({"error": error_to_body(error)}))
+        with contextlib.suppress(ConnectionError):  # who started this found out for himself
+            send(connection, Message({"error": error_to_body(error)}))
         return
     send(connection, Message({"model": identity_of(opened.manifest)}))
     with contextlib.suppress(EOFError, ConnectionError):

@@ -328,13 +328,6 @@ def _not_finite() -> NumericalError:
     )
 
 
-def _not_finite() -> NumericalError:
-    return NumericalError(
-        "the model produced NaN or infinite values; use a bundle built with --precision fp32, a "
-        "lower guidance_scale, or another concept"
-    )
-
-
 def _advance(image: ImageInFlight, noise_pred: Latents) -> None:
     row = image.row
     noise = image.generator.randn(image.latents.shape) if row.c != 0.0 else None

@@ -111,13 +111,16 @@ def _pushback(error: Exception) -> tuple[tuple[str, str], ...]:
 
 def failure_of(error: Exception, request_id: str) -> generation_pb2.Failure:
     """The same as a message, where the failure of one thing does not end the call."""
-    known = isinstance(error, EngineError) and not is_internal(error)
-    code = STATUS[type(error)] if known else StatusCode.INTERNAL
-    number: int = code.value[0]
+    if not isinstance(error, EngineError) or is_internal(error):
+        internal: int = StatusCode.INTERNAL.value[0]
+        return generation_pb2.Failure(
+            code=internal, message=_internal(request_id), reason="INTERNAL"
+        )
+    number: int = STATUS[type(error)].value[0]
     return generation_pb2.Failure(
         code=number,
-        message=_clip(str(error)) if known else _internal(request_id),
-        reason=_reason(error) if known else "INTERNAL",
+        message=_clip(str(error)),
+        reason=_reason(error),
         retry_after_s=error.retry_after_s if isinstance(error, QueueFull) else None,
     )
 

@@ -3,6 +3,7 @@
 Version 1 was SQLite's alone: one table `concepts` with one row for each name.
 """
 
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import StoreError
@@ -15,23 +16,23 @@ else:
 SCHEMA_VERSION = 2
 _TABLES = (
     """CREATE TABLE concept_names (
-        tenant {text} NOT NULL,
-        placeholder_token {text} NOT NULL,
+        tenant $text NOT NULL,
+        placeholder_token $text NOT NULL,
         latest BIGINT,
         last_version BIGINT NOT NULL,
-        etag {text} NOT NULL,
+        etag $text NOT NULL,
         PRIMARY KEY (tenant, placeholder_token)
     )""",
     """CREATE TABLE concept_versions (
-        tenant {text} NOT NULL,
-        placeholder_token {text} NOT NULL,
+        tenant $text NOT NULL,
+        placeholder_token $text NOT NULL,
         version BIGINT NOT NULL,
-        concept_id {text} NOT NULL,
-        file_sha256 {text} NOT NULL,
+        concept_id $text NOT NULL,
+        file_sha256 $text NOT NULL,
         num_bytes BIGINT NOT NULL,
         num_vectors BIGINT NOT NULL,
         dim BIGINT NOT NULL,
-        embedding_fingerprint {text} NOT NULL,
+        embedding_fingerprint $text NOT NULL,
         import_time DOUBLE PRECISION NOT NULL,
         retired_time DOUBLE PRECISION,
         PRIMARY KEY (tenant, placeholder_token, version)
@@ -42,13 +43,13 @@ _TABLES = (
     "CREATE INDEX concept_versions_retired ON concept_versions (retired_time) "
     "WHERE retired_time IS NOT NULL",
     """CREATE TABLE concept_aliases (
-        tenant {text} NOT NULL,
-        placeholder_token {text} NOT NULL,
-        alias {text} NOT NULL,
+        tenant $text NOT NULL,
+        placeholder_token $text NOT NULL,
+        alias $text NOT NULL,
         version BIGINT NOT NULL,
         PRIMARY KEY (tenant, placeholder_token, alias)
     )""",
-    "CREATE TABLE concept_facts (name {text} PRIMARY KEY, value {text} NOT NULL)",
+    "CREATE TABLE concept_facts (name $text PRIMARY KEY, value $text NOT NULL)",
 )
 _FROM_1 = (
     "INSERT INTO concept_names (tenant, placeholder_token, latest, last_version, etag) "
@@ -71,7 +72,7 @@ def prepare(connection: Connection, dialect: Dialect) -> None:
         version = _read_version(connection, dialect)  # another process may have been faster
         if version < SCHEMA_VERSION:
             for statement in (*_TABLES, *(_FROM_1 if version == 1 else ())):
-                connection.execute(statement.format(text=dialect.text))
+                connection.execute(Template(statement).substitute(text=dialect.text))
             connection.set_schema_version(SCHEMA_VERSION)
         connection.execute("COMMIT")
     except BaseException:

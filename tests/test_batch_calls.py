@@ -76,7 +76,7 @@ async def test_a_failure_ends_its_item_alone() -> None:
 
 
 async def test_an_item_waits_for_room_in_the_queue() -> None:
-    full = [QueueFull("full", retry_after_s=0.0) for _ in range(5)]
+    full: list[Exception] = [QueueFull("full", retry_after_s=0.0) for _ in range(5)]
     told = await _answers(Studio(failures={"a": full}), "a")
     assert told == {0: ["accepted", "image", "summary"]}
 

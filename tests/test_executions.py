@@ -1,7 +1,7 @@
 """One execution for each request, however many callers wait: laws without a server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +57,7 @@ class Stage:
     @asynccontextmanager
     async def _start(
         self, execution: Execution, request: GenerateRequest, events: EventStream
-    ) -> AsyncIterator[Started]:
+    ) -> AsyncGenerator[Started]:
         await self.may_start.wait()
         if self.refusal:
             raise self.refusal

@@ -65,7 +65,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(
             num_inference_steps=2,
         )
     )
-    found, found_pooled = pipeline._encode(plan)
+    found, found_pooled = pipeline._encode(plan.task)
     reference = diffusers_pipeline(model)
     load_concept(reference, model, concept)
     with torch.no_grad():

@@ -229,7 +229,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(
     plan = pipeline.plan(
         GenerationRequest(prompt="a photo of <Cat-Toy>", concepts=(concept,), num_inference_steps=2)
     )
-    found, _ = pipeline._encode(plan)
+    found, _ = pipeline._encode(plan.task)
     reference = reference_of(folder, concept, ["<one>", "<two>"], "")
     ids = ids_of(reference.tokenizer.tokenizer, ["", "a photo of <one> <two>"])
     with torch.no_grad():

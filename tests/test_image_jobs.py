@@ -4,7 +4,7 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +57,9 @@ def store(tmp_path: Path, clock: Clock) -> Iterator[ImageJobStore]:
 
 
 def submit(store: ImageJobStore, prompt: str = "cat", **fields: Any) -> ImageJob:
-    given = {"tenant": "a", "request_id": "", "priority": 0, "num_images": 2, **fields}
-    request = GenerateRequest(prompt=prompt, seed=7, num_images=given.pop("num_images"))
+    given: dict[str, Any] = {"tenant": "a", "request_id": "", "priority": 0, **fields}
+    num_images = given.pop("num_images", 2)
+    request = GenerateRequest(prompt=prompt, seed=7, num_images=num_images)
     return store.submit(
         body=prompt.encode(), shown=b"", pinned=request.SerializeToString(), **given
     )
@@ -267,7 +268,7 @@ class Studio:
 
 
 @asynccontextmanager
-async def running(store: ImageJobStore, studio: Studio, **more: Any) -> AsyncIterator[Any]:
+async def running(store: ImageJobStore, studio: Studio, **more: Any) -> AsyncGenerator[Any]:
     runner = ImageJobRunner(store, studio.follow, **more)
     await runner.start()
     try:
@@ -313,11 +314,13 @@ async def test_a_stopped_server_goes_on_behind_the_last_image(store: ImageJobSto
 
 async def test_a_worker_that_dies_often_fails_the_job_and_no_other(store: ImageJobStore) -> None:
     job = submit(store)
-    async with running(store, Studio(failures=[WorkerDied("gone") for _ in range(MAX_ATTEMPTS)])):
+    studio = Studio(failures=[WorkerDied("gone") for _ in range(MAX_ATTEMPTS)])
+    async with running(store, studio) as runner:
         await until(lambda: store.get(job.job_id, tenant="a").has_ended)
         assert store.get(job.job_id, tenant="a").status == "failed"
         other = submit(store, "dog")
         sound = submit(store, "fox")
+        runner.wake()
         await until(lambda: store.get(sound.job_id, tenant="a").has_ended)
     assert store.get(other.job_id, tenant="a").status == "succeeded"
 

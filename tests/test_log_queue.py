@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from engine.log_queue import PatientHandler
@@ -23,7 +23,7 @@ class Slow(logging.Handler):
 
 
 @contextmanager
-def _log_to(handler: PatientHandler) -> Iterator[logging.Logger]:
+def _log_to(handler: PatientHandler) -> Generator[logging.Logger]:
     logger = logging.getLogger("tests.log_queue")
     logger.propagate = False
     logger.addHandler(handler)

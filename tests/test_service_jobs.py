@@ -26,7 +26,8 @@ async def served(start_server: StartServer, tmp_path: Path) -> Harness:
 
 
 async def _submit(served: Harness, **fields: Any) -> pb.Job:
-    request = pb.GenerateRequest(**{"prompt": "a cat", "num_inference_steps": 4, **fields})
+    given: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 4, **fields}
+    request = pb.GenerateRequest(**given)
     answer = await served.jobs.SubmitJob(pb.SubmitJobRequest(request=request), timeout=WAIT_S)
     return answer.job
 

@@ -39,7 +39,7 @@ def draw(model: Model, plan: GenerationPlan) -> list[RgbImage | NumericalError]:
     images = model.begin(plan)
     while not images[0].is_done:
         model.step(images)
-    return model.decode(images)
+    return list(model.decode(images))
 
 
 def draw_staggered(
