@@ -61,7 +61,7 @@ async def answer_batch(
         async with asyncio.TaskGroup() as group:
             for item in enumerate(requests):
                 group.create_task(answer(*item))
-    except* Exception as errors:
+    except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
 
 

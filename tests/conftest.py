@@ -1,10 +1,15 @@
 """Options, shape checks and the fixtures that several test files share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
+
+# Before torch is imported, also by processes that tests start: its threads wait for each other on
+# models as small as these, and far longer where other work takes a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shape annotations are checked in tests and free in production.
 install_import_hook("engine", "beartype.beartype")
