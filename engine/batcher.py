@@ -94,6 +94,10 @@ class Batcher:
             self._wake.notify_all()
         return job
 
+    def set_deadline(self, job: Job, deadline: float | None) -> None:
+        """Change the deadline of a request, as where others have begun to wait for it."""
+        self._loop.set_deadline(job, deadline)
+
     @property
     def load(self) -> tuple[int, int]:
         """(images in flight, images queued)."""

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from engine.batcher import Failed, Finished, ImageDone, StepDone
 from engine.errors import InvalidRequest, quoted
@@ -24,20 +23,12 @@ MAX_REQUEST_ID_CHARACTERS = 64
 MAX_WAITING_PROGRESS = 32
 
 
-@runtime_checkable
-class Work(Protocol):
-    """What the batcher has taken: its `Job`."""
-
-    deadline: float | None
-
-    def cancel(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A request that the batcher has taken: its job, and how its events are told."""
+    """A request that the batcher has taken: how it is steered, and how its events are told."""
 
-    job: Work
+    cancel: Callable[[], None]
+    set_deadline: Callable[[float | None], None]
     accepted: GenerateResponse
     reply: Callable[[StepDone | ImageDone | Finished], Awaitable[GenerateResponse]]
 
@@ -122,7 +113,7 @@ class Execution:
     told: list[GenerateResponse] = field(default_factory=list[GenerateResponse])  # no progress
     readers: set[Reader] = field(default_factory=set[Reader])
     deadline: float | None = 0.0  # the latest of its callers'; None: one has none
-    job: Work | None = None  # once it is submitted
+    started: Started | None = None  # once it is submitted
     error: Exception | None = None
     ended: bool = False
     task: "asyncio.Task[None] | None" = None
@@ -146,8 +137,8 @@ class Execution:
             self.deadline = None
         else:
             self.deadline = max(self.deadline, deadline)
-        if self.job is not None:
-            self.job.deadline = self.deadline
+        if self.started is not None:
+            self.started.set_deadline(self.deadline)
 
 
 class Executions:
@@ -228,13 +219,13 @@ class Executions:
         events = EventStream(asyncio.get_running_loop())
         try:
             async with self._start(execution, request, events) as started:
-                execution.job = started.job
-                execution.extend(execution.deadline)
+                execution.started = started
+                execution.extend(execution.deadline)  # who came while it was planned
                 execution.tell(started.accepted)
                 try:
                     await _forward(execution, events, started)
                 finally:
-                    started.job.cancel()
+                    started.cancel()
         except Exception as error:
             self._forget(execution)  # the next call with this id tries again
             execution.end(error)

@@ -83,6 +83,15 @@ class FairQueue:
         self._count(tenant, -len(job.waiting), job.image_us)
         self._forget(tenant, job)
 
+    def set_deadline(self, job: Job, deadline: float | None) -> None:
+        """Change the deadline of a request, which may wait here or be gone already."""
+        waits = any(one is job for one in self._by_arrival)
+        if waits and job.deadline is not None:
+            _discard(self._by_deadline, job, _deadline)
+        job.deadline = deadline
+        if waits and deadline is not None:
+            insort(self._by_deadline, job, key=_deadline)
+
     def take_image(self, job: Job) -> int:
         """Take the next image of a request that was chosen, on its tenant's account."""
         tenant = self._tenants[job.tenant]

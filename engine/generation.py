@@ -83,7 +83,8 @@ class Generation:
                 may_reuse=request.HasField("seed"),
             )
             yield Started(
-                job=job,
+                cancel=job.cancel,
+                set_deadline=partial(served.batcher.set_deadline, job),
                 accepted=replies.accepted(execution.name, job.queue_position),
                 reply=partial(self._reply, replies),
             )

@@ -115,6 +115,11 @@ class StepLoop:
             self._queue.push(job)
         return job
 
+    def set_deadline(self, job: Job, deadline: float | None) -> None:
+        """Change the deadline of a request that was submitted."""
+        with self.lock:
+            self._queue.set_deadline(job, deadline)
+
     # The worker ---------------------------------------------------------------------------------
 
     def tick(self) -> None:

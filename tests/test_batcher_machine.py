@@ -98,6 +98,15 @@ class BatcherMachine(RuleBasedStateMachine):
         assert heard.job is not None
         heard.job.cancel()
 
+    @precondition(lambda self: self.accepted)
+    @rule(data=st.data(), within_ms=st.sampled_from([None, 1.0, 30.0, 300.0]))
+    def change_deadline(self, data: st.DataObject, within_ms: float | None) -> None:
+        """As where another caller waits for the same request; it may have ended long ago."""
+        job = data.draw(st.sampled_from(self.accepted)).job
+        assert job is not None
+        now = self.rig.clock()
+        self.rig.loop.set_deadline(job, None if within_ms is None else now + within_ms / 1e3)
+
     @rule(times=st.integers(1, 5))
     def tick(self, times: int) -> None:
         for _ in range(times):
@@ -128,6 +137,12 @@ class BatcherMachine(RuleBasedStateMachine):
         assert queue.cost_us == sum(len(job.waiting) * job.image_us for job in queue)
         held = [queue.held_by(tenant) for tenant in "abc"]
         assert (queue.num_images, queue.cost_us) == tuple(map(sum, zip(*held, strict=True)))
+
+    @invariant()
+    def deadlines_are_in_order(self) -> None:
+        queue = self.rig.loop._queue
+        found = [job.deadline for job in queue._by_deadline]
+        assert found == sorted(job.deadline for job in queue if job.deadline is not None)
 
     @invariant()
     def the_model_holds_what_the_batcher_does(self) -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,7 +65,13 @@ class Stage:
         self.started.append(execution)
         self.jobs.append(FakeJob())
         accepted = GenerateResponse(accepted=Accepted(request_id=execution.name))
-        yield Started(job=self.jobs[-1], accepted=accepted, reply=self._reply)
+        job = self.jobs[-1]
+        yield Started(
+            cancel=job.cancel,
+            set_deadline=partial(setattr, job, "deadline"),
+            accepted=accepted,
+            reply=self._reply,
+        )
 
     async def _reply(self, event: Any) -> GenerateResponse:
         raise AssertionError("the test tells what there is to tell")
@@ -239,7 +246,7 @@ async def test_the_longest_deadline_counts() -> None:
     stage = Stage()
     async with stage.reading(request_id="r", deadline=5.0):
         await _until(lambda: bool(stage.started))
-        await _until(lambda: stage.started[0].job is not None)
+        await _until(lambda: stage.started[0].started is not None)
         assert stage.jobs[0].deadline == 5.0
         async with stage.reading(request_id="r", deadline=7.0):
             assert stage.jobs[0].deadline == 7.0

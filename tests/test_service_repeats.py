@@ -141,3 +141,29 @@ async def test_limits_are_published(served: Harness) -> None:
     assert (info.limits.max_batch_requests, info.limits.max_priority) == (256, 9)
     assert (info.limits.max_request_id_characters, info.limits.request_id_memory_s) == (64, 600.0)
     assert info.limits.max_message_bytes == 16 << 20 and not info.HasField("jobs")
+
+
+async def test_a_caller_with_another_deadline_joins_a_request_that_waits(
+    start_server: StartServer,
+) -> None:
+    """The queue is in order of deadlines: one that changes must not take the others along."""
+    served = await start_server(batcher=BatcherConfig(max_images_in_flight=1))
+    served.denoiser.gate.clear()
+    first = asyncio.create_task(served.generate(prompt="a dog"))
+    await asyncio.to_thread(served.denoiser.wait_for_calls, 1)
+    calls = [
+        served.generation.Generate(
+            pb.GenerateRequest(prompt="a cat", request_id=name, num_inference_steps=4),
+            timeout=timeout,
+        )
+        for name, timeout in (("r", 40.0), ("s", 50.0), ("t", 60.0), ("r", 70.0), ("s", None))
+    ]
+    for call in calls:
+        await first_response(call)
+    served.denoiser.gate.set()
+    for call in calls:
+        kinds_of_call: list[str | None] = []
+        while isinstance(response := await call.read(), pb.GenerateResponse):
+            kinds_of_call.append(response.WhichOneof("event"))
+        assert kinds_of_call[-2:] == ["image", "summary"]
+    assert kinds(await first)[-1] == "summary"
