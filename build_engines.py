@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from engine.bundle import MANIFEST
-from engine.bundle_signatures import check_signatures, plan_folders
 from engine.errors import BundleError, OneWordError
 from engine.plans import CAPABILITIES, PLAN_MANIFEST, Target
-from engine.signing import (
+from engine.security.bundle_signatures import check_signatures, plan_folders
+from engine.security.signing import (
     Ed25519PrivateKey,
     TrustedKeys,
     key_id,

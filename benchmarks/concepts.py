@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.peers import Diffusers, OneWord, example_concept
 from engine.concepts import write_concept
-from engine.store import ConceptStore
+from engine.store.concept_store import ConceptStore
 
 NUM_CONCEPTS = 1000
 NUM_REQUESTS = 100

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from benchmarks.memory import peak_mb
 from benchmarks.peers import MODEL
 from benchmarks.run import machine
-from engine.batcher import Batcher, generate
+from engine.batching.batcher import Batcher, generate
 from engine.pipeline import Pipeline
 from engine.requests import GenerationRequest
 from trainer.export import build_bundle

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.batcher import Batcher, generate
+from engine.batching.batcher import Batcher, generate
 from engine.concepts import Concept, write_concept
 from engine.pipeline import Pipeline
 from engine.requests import GenerationRequest

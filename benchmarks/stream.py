@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import ROOT, Diffusers, OneWord, Work
-from engine.batcher import Event, Failed, Finished
+from engine.batching.batcher import Event, Failed, Finished
 
 # Requests differ in length, as those of different users do.
 STEPS = (8, 12, 20, 30)

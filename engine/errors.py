@@ -29,8 +29,8 @@
     |-- ConfigError             the server cannot run as it was told to
     `-- ProviderUnavailable     the backend that was asked for cannot be had
 
-Each message gives the value, the limit and the remedy. `engine.status.STATUS` maps every class
-to a gRPC status; a test asserts that none is missing.
+Each message gives the value, the limit and the remedy. `engine.serving.status.STATUS` maps every
+class to a gRPC status; a test asserts that none is missing.
 """
 
 _MOST_QUOTED = 80  # characters of a caller's value in a message

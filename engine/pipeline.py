@@ -1,8 +1,8 @@
 """From a request to images in flight, one denoiser call at a time.
 
 `plan` is host work (engine/planner.py) and may run on any thread; everything else calls the model
-and belongs to the one thread that owns the device (engine/batcher.py), or to a process of its own
-(engine/model_worker.py).
+and belongs to the one thread that owns the device (engine/batching/batcher.py), or to a process of
+its own (engine/worker/model_worker.py).
 """
 
 import hashlib

@@ -27,7 +27,7 @@ class TextRows:
 class DenoisingTask:
     """What a model must know to draw the images of a request: numbers alone, and no words.
 
-    It can therefore cross to another process (engine/task_wire.py), and the prompt stays here.
+    It can therefore cross to another process (`engine.worker.task_wire`); the prompt stays here.
     """
 
     seed: int

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from engine.errors import OneWordError
-from engine.log_lines import LineFormatter
+from engine.operations.log_lines import LineFormatter
 from engine.printing import printable
 
 EXIT_FAILED = 1

@@ -9,8 +9,8 @@ from datetime import UTC
 from pathlib import Path
 
 from engine.concepts import Concept, concept_from_bytes, concept_to_bytes
-from engine.dialect_writers import DIALECTS, NAMED_BY_FILE, write_dialect
-from engine.dialects import TORCH_SUFFIXES, read_concepts
+from engine.dialects.readers import TORCH_SUFFIXES, read_concepts
+from engine.dialects.writers import DIALECTS, NAMED_BY_FILE, write_dialect
 from engine.errors import InvalidRequest
 from engine.printing import printable
 from oneword.connection import add_server_arguments, connect

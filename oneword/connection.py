@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.client import Client
-from engine.client_channel import (
+from engine.client.channel import (
     CA_VARIABLE,
     SERVER_VARIABLE,
     TOKEN_VARIABLE,
     address_from_env,
     security_from_env,
 )
-from engine.client_retries import RetryPolicy
-from engine.credentials import read_private_file
+from engine.client.retries import RetryPolicy
+from engine.security.credentials import read_private_file
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:

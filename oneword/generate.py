@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.client import GenerationResult
-from engine.client_channel import SERVER_VARIABLE
+from engine.client.channel import SERVER_VARIABLE
 from engine.concepts import concept_to_bytes, read_concept
 from engine.errors import InvalidRequest
 from engine.files import write_atomically
@@ -168,10 +168,10 @@ def generate_in_process(
     timeout_s: float | None = None,
 ) -> GenerationResult:
     """What a server would answer, without one."""
-    from engine.batcher import Batcher, Event, StepDone, generate
+    from engine.batching.batcher import Batcher, Event, StepDone, generate
     from engine.pipeline import Pipeline
-    from engine.store import DEFAULT_TENANT, ConceptStore
-    from engine.wire import Replies, image_format_from_proto, request_from_proto
+    from engine.serving.wire import Replies, image_format_from_proto, request_from_proto
+    from engine.store.concept_store import DEFAULT_TENANT, ConceptStore
 
     pipeline = Pipeline.open(bundle)
     store = ConceptStore.temporary()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.errors import InvalidRequest
 from engine.images import check_image_file
-from engine.training_spec import MAX_IMAGE_PIXELS
+from engine.training.spec import MAX_IMAGE_PIXELS
 from trainer.captions import BadCaption, read_captions
 from trainer.companions import Companions
 from trainer.errors import NoUsableImages

@@ -16,7 +16,7 @@ import grpc
 from tqdm import tqdm
 
 from engine.client import Client, ServerError
-from engine.client_jobs import ENDED
+from engine.client.jobs import ENDED
 from engine.errors import InvalidRequest, OneWordError
 from engine.printing import printable
 from oneword.connection import add_server_arguments, connect

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from engine.bundle_signatures import check_bundle, sign_bundle
 from engine.printing import printable
-from engine.signing import create_keys, key_id, read_private_key
+from engine.security.bundle_signatures import check_bundle, sign_bundle
+from engine.security.signing import create_keys, key_id, read_private_key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from engine.config_file import build, read_config_file
 from engine.config_text import example, to_toml
-from engine.log_queue import never_wait_for
-from engine.logs import configure_logging
-from engine.operations import check_available
-from engine.server import ServerConfig, serve
+from engine.operations.log_queue import never_wait_for
+from engine.operations.logs import configure_logging
+from engine.operations.operations import check_available
+from engine.serving.serve import serve
+from engine.serving.server_config import ServerConfig
 from oneword.config_flags import Flag, add_config_flags, given_settings
 
 # The settings that have a flag; the file has all of them (examples/server.toml).

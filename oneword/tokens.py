@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.callers import Scope
-from engine.credential_edits import create_token, list_tokens, revoke_token
 from engine.printing import printable
+from engine.security.callers import Scope
+from engine.security.credential_edits import create_token, list_tokens, revoke_token
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from datetime import UTC
 from pathlib import Path
 from typing import Any
 
-from engine.client_retries import RetryPolicy
+from engine.client.retries import RetryPolicy
 from engine.errors import InvalidRequest
 from engine.files import write_atomically
 from engine.printing import printable

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from engine.batcher_config import BatcherConfig
+from engine.batching.config import BatcherConfig
+from engine.batching.events import Event, Failed, Finished, ImageDone, StepDone
+from engine.batching.jobs import Job
+from engine.batching.result_cache import ResultCache
+from engine.batching.step_costs import CostTable
+from engine.batching.step_loop import StepLoop
 from engine.errors import NumericalError, WorkerDied
-from engine.events import Event, Failed, Finished, ImageDone, StepDone
-from engine.jobs import Job
 from engine.planner import GenerationPlan
 from engine.prompts import PromptReport
 from engine.requests import GenerationRequest, RgbImage
-from engine.result_cache import ResultCache
 from engine.samplers import StepCoefficients, Trajectory
-from engine.step_costs import CostTable
-from engine.step_loop import StepLoop
 
 ROW = StepCoefficients(0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, (1.0,))
 REPORT = PromptReport(matched=(), num_tokens=0, num_chunks=1, cut="")

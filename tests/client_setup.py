@@ -18,8 +18,7 @@ from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 from grpc_status import rpc_status
 
-from engine.async_client import AsyncClient
-from engine.client import Client
+from engine.client import AsyncClient, Client
 from protos.oneword.v1 import concepts_pb2, generation_pb2, server_info_pb2, training_pb2
 from protos.oneword.v1.generation_pb2 import GenerateRequest, GenerateResponse, Job
 

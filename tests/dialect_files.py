@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.concepts import Concept
-from engine.dialects import read_concepts
+from engine.dialects.readers import read_concepts
 
 DIM = 24  # of the tiny model
 VECTORS = torch.linspace(-1, 1, 2 * DIM).reshape(2, DIM)

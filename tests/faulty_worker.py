@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from engine.bundle import Bundle
-from engine.model_worker import load_model, main
 from engine.pipeline import ImageModel, open_sessions
 from engine.sessions import Feeds, Session
+from engine.worker.model_worker import load_model, main
 
 FAULTS = "ONEWORD_TEST_FAULTS"
 MODULE = "tests.faulty_worker"

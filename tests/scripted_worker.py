@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from engine.concepts import Concept, write_concept
-from engine.training_folder import TrainingFolder
-from engine.training_reports import Failure, Progress, Report, to_line
+from engine.training.folder import TrainingFolder
+from engine.training.reports import Failure, Progress, Report, to_line
 from tests.fakes import DIM
 
 STEPS = 5

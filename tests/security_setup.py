@@ -13,13 +13,14 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from engine.client.training import create_requests
 from engine.concepts import concept_to_bytes
-from engine.credential_edits import create_token
-from engine.security_config import SecurityConfig
-from engine.server import Server, ServerConfig
-from engine.store import ConceptStore
-from engine.training_client import create_requests
-from engine.training_config import TrainingConfig
+from engine.security.config import SecurityConfig
+from engine.security.credential_edits import create_token
+from engine.serving.server import Server
+from engine.serving.server_config import ServerConfig
+from engine.store.concept_store import ConceptStore
+from engine.training.config import TrainingConfig
 from protos.oneword.v1 import concepts_pb2, generation_pb2, server_info_pb2, training_pb2
 from tests.fakes import WAIT_S, FakeDenoiser, make_pipeline
 from tests.service_harness import make_concept
@@ -226,7 +227,9 @@ async def start_secured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[StartSecured]:
     """Starts servers that learn, with a credentials file; they are stopped at the end."""
-    monkeypatch.setattr("engine.server.worker_command", lambda *_words, **_settings: SCRIPTED)
+    monkeypatch.setattr(
+        "engine.serving.server.worker_command", lambda *_words, **_settings: SCRIPTED
+    )
     started: list[Secured] = []
 
     async def start(listen: str = "127.0.0.1:0", **security: Any) -> Secured:

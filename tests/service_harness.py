@@ -18,8 +18,9 @@ from PIL import Image
 
 from engine.concepts import Concept, concept_to_bytes
 from engine.requests import GenerationRequest, Limits
-from engine.server import Server, ServerConfig
-from engine.store import ConceptStore
+from engine.serving.server import Server
+from engine.serving.server_config import ServerConfig
+from engine.store.concept_store import ConceptStore
 from protos.oneword.v1 import concepts_pb2, generation_pb2
 from protos.oneword.v1.concepts_pb2_grpc import ConceptServiceStub
 from protos.oneword.v1.generation_pb2 import GenerateRequest, GenerateResponse

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from engine.concepts import Concept
-from engine.store import ConceptStore, StoreConfig
+from engine.store.concept_store import ConceptStore, StoreConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUR_S = 3600.0

@@ -11,10 +11,10 @@ import pytest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from engine.callers import Caller, Scope, set_current_caller
-from engine.calls import Call, host_of, request_id_of, set_current_call
-from engine.logs import CallFilter, CallFormatter, JsonFormatter, configure_logging
-from engine.operations_config import OperationsConfig
+from engine.operations.calls import Call, host_of, request_id_of, set_current_call
+from engine.operations.config import OperationsConfig
+from engine.operations.logs import CallFilter, CallFormatter, JsonFormatter, configure_logging
+from engine.security.callers import Caller, Scope, set_current_caller
 from protos.oneword.v1.generation_pb2 import GenerateRequest
 from tests import service_harness
 from tests.fakes import WAIT_S

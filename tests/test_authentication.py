@@ -14,14 +14,14 @@ import pytest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 
-from engine.authentication import ANONYMOUS_QUOTA, Authentication, check_scope
-from engine.callers import LOCAL_CALLER, Caller, Scope, current_caller
-from engine.credential_edits import create_token, revoke_token
-from engine.credential_source import CredentialSource
-from engine.credentials import Credential
 from engine.errors import PermissionDenied, Unauthenticated
-from engine.method_scopes import HEALTH, REFLECTION, SCOPE
-from engine.rate_limits import Quota, TokenBucket
+from engine.security.authentication import ANONYMOUS_QUOTA, Authentication, check_scope
+from engine.security.callers import LOCAL_CALLER, Caller, Scope, current_caller
+from engine.security.credential_edits import create_token, revoke_token
+from engine.security.credential_source import CredentialSource
+from engine.security.credentials import Credential
+from engine.security.method_scopes import HEALTH, REFLECTION, SCOPE
+from engine.security.rate_limits import Quota, TokenBucket
 from protos.oneword.v1 import (
     concepts_pb2,
     generation_pb2,
@@ -388,7 +388,8 @@ def test_the_secret_is_compared_even_where_there_is_no_such_token(
     """Known and unknown ids take the same path: one hash, one comparison in constant time."""
     compared: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        "engine.credentials.hmac.compare_digest", lambda a, b: bool(compared.append((a, b)))
+        "engine.security.credentials.hmac.compare_digest",
+        lambda a, b: bool(compared.append((a, b))),
     )
     path = tmp_path / "credentials.toml"
     token = create_token(path, tenant="acme", name="ci", scopes=["generate"]).token

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from engine.batch_calls import CONCURRENT_ITEMS, answer_batch
 from engine.errors import Cancelled, NumericalError, QueueFull
+from engine.serving.batch_calls import CONCURRENT_ITEMS, answer_batch
 from protos.oneword.v1.generation_pb2 import (
     Accepted,
     GenerateBatchResponse,

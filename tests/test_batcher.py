@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 
-from engine.batcher import (
+from engine.batching.batcher import (
     Batcher,
     BatcherConfig,
     Event,
@@ -17,6 +17,8 @@ from engine.batcher import (
     StepDone,
     generate,
 )
+from engine.batching.result_cache import ResultCache
+from engine.batching.step_costs import CostTable
 from engine.errors import (
     Cancelled,
     ConfigError,
@@ -30,8 +32,6 @@ from engine.noise import TorchGenerator
 from engine.pipeline import ImageInFlight
 from engine.planner import GenerationPlan
 from engine.requests import RgbImage
-from engine.result_cache import ResultCache
-from engine.step_costs import CostTable
 from tests.batcher_toy import plan
 
 WAIT_S = 10.0

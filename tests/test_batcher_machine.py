@@ -12,11 +12,11 @@ from hypothesis.stateful import (
     rule,
 )
 
+from engine.batching.fair_queue import MAX_OVERTAKING
+from engine.batching.shared_calls import MAX_PASSED_OVER
+from engine.batching.step_costs import CostTable
+from engine.batching.step_loop import MAX_RESTARTS
 from engine.errors import Cancelled, DeadlineExceeded, NumericalError, QueueFull, WorkerDied
-from engine.fair_queue import MAX_OVERTAKING
-from engine.shared_calls import MAX_PASSED_OVER
-from engine.step_costs import CostTable
-from engine.step_loop import MAX_RESTARTS
 from tests.batcher_toy import Heard, Milliseconds, Rig, flat, linear
 
 MAX_IN_FLIGHT = 3

@@ -13,8 +13,8 @@ import trustme
 from grpc import StatusCode
 
 from engine.client import Client
-from engine.client_channel import ClientSecurity, is_on_this_machine
-from engine.client_errors import ServerError
+from engine.client.channel import ClientSecurity, is_on_this_machine
+from engine.client.errors import ServerError
 from engine.errors import ConfigError
 from oneword import connection
 from protos.oneword.v1 import server_info_pb2
@@ -42,7 +42,7 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 import grpc
-from engine.async_client import AsyncClient
+from engine.client import AsyncClient
 from engine.client import Client, ServerError
 with Client("127.0.0.1:1") as client:
     try:

@@ -10,8 +10,8 @@ from google.rpc import error_details_pb2
 from grpc import StatusCode
 
 from engine.client import Client, JobResult
-from engine.client_errors import ServerError
-from engine.client_retries import RetryPolicy
+from engine.client.errors import ServerError
+from engine.client.retries import RetryPolicy
 from protos.oneword.v1 import generation_pb2, training_pb2
 from protos.oneword.v1.generation_pb2 import (
     GetJobResponse,

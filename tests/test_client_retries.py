@@ -7,8 +7,8 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc import StatusCode
 
-from engine.client_errors import Hints, ServerError
-from engine.client_retries import Attempts, RetryPolicy, ServerRecord
+from engine.client.errors import Hints, ServerError
+from engine.client.retries import Attempts, RetryPolicy, ServerRecord
 from engine.errors import ConfigError
 from protos.oneword.v1 import concepts_pb2, server_info_pb2
 from protos.oneword.v1.generation_pb2 import GenerateRequest

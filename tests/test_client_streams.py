@@ -10,10 +10,9 @@ import pytest
 from google.protobuf.message import Message
 from grpc import StatusCode
 
-from engine.async_client import AsyncClient
-from engine.client import Client, GenerationResult
-from engine.client_errors import ServerError
-from engine.client_retries import RetryPolicy
+from engine.client import AsyncClient, Client, GenerationResult
+from engine.client.errors import ServerError
+from engine.client.retries import RetryPolicy
 from engine.errors import InvalidRequest
 from protos.oneword.v1 import generation_pb2
 from protos.oneword.v1.generation_pb2 import (
@@ -321,13 +320,13 @@ async def test_a_batch_that_cannot_go_on_keeps_what_is_done(kind: str, serve: Se
 async def test_many_requests_take_as_few_calls_as_they_fit_into(
     kind: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.client_generation.MAX_BATCH_REQUESTS", 2)
+    monkeypatch.setattr("engine.client.generation.MAX_BATCH_REQUESTS", 2)
     server, fake = serve(GenerateBatch=[batch()]), FakeTime()
     outcomes, _ = await many(kind, server, fake=fake, requests=[*REQUESTS, *REQUESTS[:2]])
     check_pictures(outcomes, "abcab")
     assert [len(call.requests) for call in server.requests("GenerateBatch")] == [2, 2, 1]
     assert fake.slept == []
-    monkeypatch.setattr("engine.client_generation.MAX_BATCH_BYTES", 1)
+    monkeypatch.setattr("engine.client.generation.MAX_BATCH_BYTES", 1)
     server.seen.clear()
     check_pictures((await many(kind, server))[0])
     assert [len(call.requests) for call in server.requests("GenerateBatch")] == [1, 1, 1]

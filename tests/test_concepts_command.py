@@ -7,7 +7,7 @@ import pytest
 
 from engine.client import Client
 from engine.concepts import Concept, concept_from_bytes
-from engine.dialect_writers import NAMED_BY_FILE, Dialect
+from engine.dialects.writers import NAMED_BY_FILE, Dialect
 from engine.errors import InvalidRequest
 from oneword import concepts as oneword_concepts
 from protos.oneword.v1 import concepts_pb2

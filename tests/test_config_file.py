@@ -15,7 +15,7 @@ import pytest
 from engine.config_file import build, read_config_file
 from engine.config_text import example, field_comments, to_toml
 from engine.errors import ConfigError
-from engine.server import ServerConfig
+from engine.serving.server_config import ServerConfig
 from oneword import serve
 from oneword.config_flags import Flag, add_config_flags, given_settings
 from tests.conftest import ROOT

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from engine.callers import Scope
-from engine.credential_edits import create_token, list_tokens, revoke_token
-from engine.credentials import (
+from engine.errors import ConfigError, Unauthenticated
+from engine.security.callers import Scope
+from engine.security.credential_edits import create_token, list_tokens, revoke_token
+from engine.security.credentials import (
     TOKEN,
     Credentials,
     identities_of,
     parse_credentials,
     read_credentials,
 )
-from engine.errors import ConfigError, Unauthenticated
-from engine.rate_limits import Quota
+from engine.security.rate_limits import Quota
 from oneword.cli import main
 
 SOUND = """

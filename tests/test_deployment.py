@@ -15,16 +15,17 @@ import pytest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from engine.batcher import BatcherConfig, generate
+from engine.batching.batcher import BatcherConfig, generate
 from engine.concepts import Concept, concept_to_bytes
-from engine.deployment import Deployment
 from engine.errors import ConceptMismatch, DeploymentFailed
 from engine.pipeline import Pipeline
 from engine.planner import Planner
-from engine.remote_model import RemoteModel, open_remote
 from engine.requests import GenerationRequest
-from engine.server import GENERATION_SERVICE, Server, ServerConfig
-from engine.store import ConceptStore
+from engine.serving.deployment import Deployment
+from engine.serving.server import GENERATION_SERVICE, Server
+from engine.serving.server_config import ServerConfig
+from engine.store.concept_store import ConceptStore
+from engine.worker.remote_model import RemoteModel, open_remote
 from protos.oneword.v1.generation_pb2 import ConceptReference, GenerateRequest, InlineConcept
 from protos.oneword.v1.generation_pb2_grpc import ImageGenerationServiceStub
 from tests import faulty_worker

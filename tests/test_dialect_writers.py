@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from engine.concepts import Concept
-from engine.dialect_writers import DIALECTS, Dialect, write_dialect
+from engine.dialects.writers import DIALECTS, Dialect, write_dialect
 from engine.errors import InvalidRequest
 from tests.dialect_files import DIM, VECTORS, VECTORS_2, a1111, assert_holds, only, save_torch
 from tests.tiny_model import make_tiny_model

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.dialects import read_concepts
+from engine.dialects.readers import read_concepts
 from engine.errors import ConceptUnreadable
 from tests.dialect_files import (
     VECTORS,

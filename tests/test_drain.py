@@ -25,9 +25,10 @@ LONG_S = 6 * WAIT_S
 _SERVE = """
 import asyncio, signal, sys, threading
 from pathlib import Path
-from engine.batcher import BatcherConfig
+from engine.batching.batcher import BatcherConfig
 from engine.pipeline import Pipeline
-from engine.server import ServerConfig, serve
+from engine.serving.serve import serve
+from engine.serving.server_config import ServerConfig
 from tests.fakes import FakeDenoiser, make_pipeline
 
 class Gate(threading.Event):

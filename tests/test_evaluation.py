@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.batcher import Batcher, generate
+from engine.batching.batcher import Batcher, generate
 from engine.errors import ConceptMismatch, InvalidRequest, NumericalError
 from engine.pipeline import Pipeline
 from engine.requests import GenerationRequest, Limits

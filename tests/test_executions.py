@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidRequest, NumericalError
-from engine.executions import (
+from engine.serving.executions import (
     MAX_WAITING_PROGRESS,
     Execution,
     Executions,
@@ -19,7 +19,7 @@ from engine.executions import (
     Started,
     seed_of,
 )
-from engine.streams import EventStream
+from engine.serving.streams import EventStream
 from protos.oneword.v1.generation_pb2 import (
     Accepted,
     GenerateRequest,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.fair_queue import MAX_CREDIT, MAX_OVERTAKING, FairQueue
-from engine.jobs import Job
+from engine.batching.fair_queue import MAX_CREDIT, MAX_OVERTAKING, FairQueue
+from engine.batching.jobs import Job
 from engine.planner import GenerationPlan
 from tests.batcher_toy import plan
 

@@ -22,8 +22,8 @@ from engine.errors import (
     UnknownJob,
     WorkerDied,
 )
-from engine.image_job_runner import MAX_ATTEMPTS, ImageJobRunner
-from engine.image_jobs import FILE, ImageJob, ImageJobStore, JobLimits
+from engine.image_jobs.runner import MAX_ATTEMPTS, ImageJobRunner
+from engine.image_jobs.store import FILE, ImageJob, ImageJobStore, JobLimits
 from protos.oneword.v1.generation_pb2 import (
     Failure,
     GenerateRequest,
@@ -186,7 +186,7 @@ def test_old_jobs_and_the_oldest_of_too_many_images_are_forgotten(
 def test_a_second_server_and_other_databases_are_refused(tmp_path: Path) -> None:
     store = ImageJobStore(tmp_path, JobLimits())
     script = (
-        "import sys; from pathlib import Path; import engine.image_jobs as jobs;"
+        "import sys; from pathlib import Path; import engine.image_jobs.store as jobs;"
         "jobs.BUSY_TIMEOUT_S = 0.1; jobs.ImageJobStore(Path(sys.argv[1]), jobs.JobLimits())"
     )
     found = subprocess.run(
@@ -209,7 +209,7 @@ def test_what_was_accepted_survives_a_kill(tmp_path: Path) -> None:
     script = """
 import os, sys
 from pathlib import Path
-from engine.image_jobs import ImageJobStore, JobLimits
+from engine.image_jobs.store import ImageJobStore, JobLimits
 store = ImageJobStore(Path(sys.argv[1]), JobLimits())
 for number in range(1000):
     job = store.submit(tenant="a", request_id=str(number), body=b"", shown=b"", pinned=b"p",

@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.batcher import Batcher, Event, Failed, Finished, ImageDone
+from engine.batching.batcher import Batcher, Event, Failed, Finished, ImageDone
 from engine.bundle import TextSpec
 from engine.concepts import Concept, check_fits, concept_from_bytes
-from engine.dialects import read_concepts
+from engine.dialects.readers import read_concepts
 from engine.errors import ConceptMismatch, ConceptUnreadable, UnknownConcept
 from engine.pipeline import Pipeline
 from engine.prompts import EncoderInput, PromptReader
 from engine.requests import GenerationRequest, RgbImage
 from engine.sessions import OnnxSession
-from engine.store import ConceptStore
+from engine.store.concept_store import ConceptStore
 from tests.conftest import ROOT
 from tests.fakes import DIM, WAIT_S, FakeDenoiser, make_pipeline
 from tests.families import grow

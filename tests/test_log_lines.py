@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from grpc import StatusCode
 
-from engine.log_lines import LineFormatter, describe_fault
+from engine.operations.log_lines import LineFormatter, describe_fault
 from tests import security_setup, service_harness
 from tests.security_setup import Secured
 from tests.service_harness import Harness, details, kinds, make_concept
@@ -119,7 +119,7 @@ def test_an_exception_cannot_look_like_a_record(log: io.StringIO) -> None:
 async def test_a_forged_name_stays_in_its_line(served: Harness, log: io.StringIO) -> None:
     concept = make_concept()
     object.__setattr__(concept, "placeholder_token", FORGED)
-    logging.getLogger("engine.training_supervisor").warning(
+    logging.getLogger("engine.training.supervisor").warning(
         "the concept of training %s: %s", "0", f"{concept.placeholder_token} is taken"
     )
     await served.refusal(prompt="a cat", sampler=FORGED)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from engine.log_queue import PatientHandler
+from engine.operations.log_queue import PatientHandler
 
 
 class Slow(logging.Handler):

@@ -11,7 +11,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.batcher import BatcherConfig, Failed, ImageDone
+from engine.batching.batcher import BatcherConfig, Failed, ImageDone
 from engine.errors import (
     Cancelled,
     ConfigError,
@@ -19,11 +19,11 @@ from engine.errors import (
     NumericalError,
     ShuttingDown,
 )
-from engine.metrics import Histogram, Metrics
-from engine.observed_batcher import Observation
-from engine.operations_config import OperationsConfig, split_address
-from engine.prometheus_text import make_exposition
-from engine.service_health import ServiceHealth
+from engine.operations.config import OperationsConfig, split_address
+from engine.operations.metrics import Histogram, Metrics
+from engine.operations.observed_batcher import Observation
+from engine.operations.prometheus_text import make_exposition
+from engine.operations.service_health import ServiceHealth
 from protos.oneword.v1 import server_info_pb2
 from protos.oneword.v1.generation_pb2 import GenerateRequest
 from tests import service_harness

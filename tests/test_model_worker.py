@@ -13,10 +13,10 @@ from engine.bundle import Bundle
 from engine.concepts import Concept
 from engine.errors import BundleError, NumericalError, ProviderUnavailable
 from engine.pipeline import Pipeline
-from engine.remote_model import RemoteModel, open_remote
 from engine.requests import GenerationRequest
-from engine.worker_process import WorkerCommand
-from engine.worker_wire import Message, WireError
+from engine.worker.process import WorkerCommand
+from engine.worker.remote_model import RemoteModel, open_remote
+from engine.worker.wire import Message, WireError
 from tests import faulty_worker
 from tests.worker_harness import (
     draw,

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.pipeline import Pipeline
-from engine.remote_model import open_remote
+from engine.worker.remote_model import open_remote
 from tests.export_setup import build
 from tests.tiny_model import make_tiny_xl_model
 from tests.worker_harness import draw_staggered, request, same

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.batcher import Batcher, BatcherConfig, Event, Finished, ImageDone, StepDone
+from engine.batching.batcher import Batcher, BatcherConfig, Event, Finished, ImageDone, StepDone
 from engine.bundle import MANIFEST, read_manifest
 from engine.errors import ConfigError, WorkerDied
 from engine.pipeline import Pipeline
-from engine.remote_model import RemoteModel
-from engine.worker_log import _KEPT_LINES, _LINES_PER_PERIOD, WorkerLog, printable
-from engine.worker_supervisor import Patience, WorkerConfig
+from engine.worker.log import _KEPT_LINES, _LINES_PER_PERIOD, WorkerLog, printable
+from engine.worker.remote_model import RemoteModel
+from engine.worker.supervisor import Patience, WorkerConfig
 from tests import faulty_worker
 from tests.conftest import ROOT
 from tests.worker_harness import (

@@ -29,14 +29,14 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.batcher import Batcher, generate
+from engine.batching.batcher import Batcher, generate
 from engine.concepts import Concept, write_concept
 from engine.errors import ConceptMismatch, InvalidRequest
 from engine.images import decode_image
 from engine.pipeline import ImageInFlight, Pipeline
 from engine.requests import GenerationRequest, RgbImage
 from engine.sessions import OnnxSession
-from engine.store import ConceptStore
+from engine.store.concept_store import ConceptStore
 from tests.conftest import EMOJI_MODEL, ROOT
 
 # What a user writes in diffusers for each of our samplers; `_karras` adds use_karras_sigmas.
@@ -422,10 +422,10 @@ import sys
 for name in ("torch", "diffusers", "transformers", "trainer"):
     sys.modules[name] = None                     # importing it raises ImportError
 from pathlib import Path
-from engine.batcher import Batcher, generate
+from engine.batching.batcher import Batcher, generate
 from engine.pipeline import Pipeline
 from engine.requests import GenerationRequest
-import engine.server, engine.client, oneword.cli
+import engine.serving.server, engine.client, oneword.cli
 pipeline = Pipeline.open(Path(sys.argv[1]))
 batcher = Batcher(pipeline)
 plan = pipeline.plan(GenerationRequest(prompt="a dog", num_inference_steps=2))

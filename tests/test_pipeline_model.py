@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from engine.batcher import Model
-from engine.batcher_config import BatcherConfig
-from engine.cost_measurement import measure_costs, measuring_plan
+from engine.batching.batcher import Model
+from engine.batching.config import BatcherConfig
+from engine.batching.cost_measurement import measure_costs, measuring_plan
 from engine.errors import NumericalError
 from engine.pipeline import ImageInFlight, Pipeline
 from engine.requests import GenerationRequest

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError, QueueFull, RateLimited
-from engine.rate_limits import Quota, RateLimits
-from engine.status import PUSHBACK, status_of
+from engine.security.rate_limits import Quota, RateLimits
+from engine.serving.status import PUSHBACK, status_of
 from protos.oneword.v1 import server_info_pb2
 from tests import security_setup
 from tests.security_setup import Secured

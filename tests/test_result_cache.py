@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.batching.events import Finished, ImageDone
+from engine.batching.result_cache import ResultCache
 from engine.concepts import Concept
-from engine.events import Finished, ImageDone
 from engine.pipeline import Pipeline
 from engine.planner import GenerationPlan
 from engine.requests import MAX_SEED, GenerationRequest
-from engine.result_cache import ResultCache
 from tests.batcher_toy import Rig, plan
 from tests.fakes import DIM, FakeDenoiser, make_pipeline
 

@@ -25,8 +25,10 @@ from engine.client import Client, ServerError
 from engine.concepts import Concept, concept_to_bytes
 from engine.errors import ConfigError
 from engine.pipeline import Pipeline
-from engine.server import SERVICES, TRAINING_SERVICE, Server, ServerConfig, serve
-from engine.store import ConceptStore
+from engine.serving.serve import serve
+from engine.serving.server import SERVICES, TRAINING_SERVICE, Server
+from engine.serving.server_config import ServerConfig
+from engine.store.concept_store import ConceptStore
 from protos.oneword.v1.generation_pb2 import GenerateRequest, Progress
 from protos.oneword.v1.generation_pb2_grpc import ImageGenerationServiceStub
 from tests.fakes import DIM, WAIT_S, FakeDenoiser, make_pipeline
@@ -248,7 +250,8 @@ import asyncio
 import sys
 from pathlib import Path
 from engine.pipeline import Pipeline
-from engine.server import ServerConfig, serve
+from engine.serving.serve import serve
+from engine.serving.server_config import ServerConfig
 from tests.fakes import FakeDenoiser, make_pipeline
 
 def hold_and_tell(address):

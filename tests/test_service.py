@@ -12,9 +12,9 @@ from grpc import StatusCode
 from PIL import Image
 
 import engine.errors
-from engine.batcher import BatcherConfig
+from engine.batching.batcher import BatcherConfig
 from engine.errors import EngineError
-from engine.status import STATUS, status_of
+from engine.serving.status import STATUS, status_of
 from protos.oneword.v1 import server_info_pb2
 from protos.oneword.v1.generation_pb2 import GenerateRequest
 from tests import service_harness

@@ -6,7 +6,7 @@ import pytest
 from grpc import StatusCode
 
 from engine.concepts import Concept, concept_from_bytes, concept_to_bytes
-from engine.store import ConceptStore, StoredConcept
+from engine.store.concept_store import ConceptStore, StoredConcept
 from protos.oneword.v1 import concepts_pb2, generation_pb2
 from tests import service_harness
 from tests.fakes import DIM

@@ -7,7 +7,7 @@ import grpc.aio
 import pytest
 from grpc import StatusCode
 
-from engine.batcher import BatcherConfig
+from engine.batching.batcher import BatcherConfig
 from protos.oneword.v1 import generation_pb2 as pb
 from protos.oneword.v1 import server_info_pb2
 from tests import service_harness

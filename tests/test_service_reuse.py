@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.batcher import BatcherConfig
+from engine.batching.batcher import BatcherConfig
 from tests import service_harness
 from tests.service_harness import StartServer, images, kinds, pixels
 

@@ -11,10 +11,10 @@ import pytest
 from grpc import StatusCode
 from PIL import Image
 
-from engine.batcher import BatcherConfig, ImageDone, StepDone
+from engine.batching.batcher import BatcherConfig, ImageDone, StepDone
 from engine.images import read_parameters
 from engine.requests import Limits
-from engine.streams import MAX_WAITING_STEPS, EventStream
+from engine.serving.streams import MAX_WAITING_STEPS, EventStream
 from protos.oneword.v1 import generation_pb2
 from protos.oneword.v1.generation_pb2 import GenerateRequest
 from protos.oneword.v1.generation_pb2_grpc import ImageGenerationServiceStub

@@ -14,15 +14,16 @@ import pytest
 
 from build_engines import sign_report
 from engine.bundle import MANIFEST, Manifest, read_manifest
-from engine.bundle_signatures import check_bundle, sign_bundle
 from engine.errors import BundleError, ConfigError
 from engine.files import sha256_of_file
 from engine.pipeline import Pipeline
 from engine.plans import FORMAT_VERSION as PLAN_VERSION
 from engine.plans import PLAN_MANIFEST, PlanManifest, PlanSpec
-from engine.security_config import SecurityConfig
-from engine.server import ServerConfig, serve
-from engine.signing import create_keys, read_private_key, read_public_key, sign_file
+from engine.security.bundle_signatures import check_bundle, sign_bundle
+from engine.security.config import SecurityConfig
+from engine.security.signing import create_keys, read_private_key, read_public_key, sign_file
+from engine.serving.serve import serve
+from engine.serving.server_config import ServerConfig
 from oneword.cli import main
 from tests.fakes import FakeDenoiser, make_pipeline
 
@@ -291,9 +292,9 @@ def test_signatures_are_not_needed_where_they_are_not_used() -> None:
     """The base install has no `cryptography`."""
     code = (
         "import sys; sys.modules['cryptography'] = None\n"
-        "import engine.server, oneword.serve, oneword.tokens, build_engines, pathlib\n"
+        "import engine.serving.server, oneword.serve, oneword.tokens, build_engines, pathlib\n"
         "from engine.errors import ConfigError\n"
-        "from engine.signing import create_keys\n"
+        "from engine.security.signing import create_keys\n"
         "try: create_keys(pathlib.Path('nowhere'))\n"
         "except ConfigError as error: print(error)\n"
     )

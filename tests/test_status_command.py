@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
-from engine import load_wire
-from engine.callers import Caller, Scope
 from engine.client import ServerError
+from engine.operations import load_wire
+from engine.security.callers import Caller, Scope
 from oneword import cli
 from oneword.load_display import History, Rates, duration, is_serving, top_lines
 from oneword.top import View, as_frame

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batcher_config import BatcherConfig
-from engine.cost_measurement import measure_costs
-from engine.shared_calls import how_many_join
-from engine.step_costs import CallCosts, CostTable
+from engine.batching.config import BatcherConfig
+from engine.batching.cost_measurement import measure_costs
+from engine.batching.shared_calls import how_many_join
+from engine.batching.step_costs import CallCosts, CostTable
 from tests.batcher_toy import AREA, Clock, ToyModel, flat, linear, plan
 
 # Floats that were scaled by an area and back: some roundings of 1e-16.

@@ -2,7 +2,10 @@
 
 import pytest
 
-from engine.batcher_config import BatcherConfig
+from engine.batching.config import BatcherConfig
+from engine.batching.shared_calls import MAX_PASSED_OVER
+from engine.batching.step_costs import CostTable
+from engine.batching.step_loop import DECODE_STRETCH, MAX_RESTARTS
 from engine.errors import (
     Cancelled,
     ConfigError,
@@ -12,9 +15,6 @@ from engine.errors import (
     QueueFull,
     WorkerDied,
 )
-from engine.shared_calls import MAX_PASSED_OVER
-from engine.step_costs import CostTable
-from engine.step_loop import DECODE_STRETCH, MAX_RESTARTS
 from tests.batcher_toy import Rig, flat, linear
 
 # Who steps --------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ import pytest
 
 from engine.concepts import Concept
 from engine.errors import ConceptDamaged, ConfigError, StoreError, UnknownConcept
-from engine.store import ConceptStore, StoreConfig, StoredConcept
-from engine.store_cache import ConceptCache
-from engine.store_places import FILES
-from engine.store_sqlite import INDEX
+from engine.store.cache import ConceptCache
+from engine.store.concept_store import ConceptStore, StoreConfig, StoredConcept
+from engine.store.places import FILES
+from engine.store.sqlite import INDEX
 from tests.store_setup import DAY_S, make_concept
 
 

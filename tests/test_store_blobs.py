@@ -8,9 +8,9 @@ import pytest
 
 from engine.concepts import MAX_FILE_BYTES
 from engine.errors import ConceptDamaged, ConfigError, StoreError
-from engine.store import ConceptStore, StoreConfig
-from engine.store_blobs import BlobFolder, Blobs, BlobUnusable, blob_name, digest_of, is_own
-from engine.store_fsspec import FsspecBlobs
+from engine.store.blobs import BlobFolder, Blobs, BlobUnusable, blob_name, digest_of, is_own
+from engine.store.concept_store import ConceptStore, StoreConfig
+from engine.store.fsspec_blobs import FsspecBlobs
 from tests.store_setup import make_concept, value_of
 
 NAME = blob_name("0" * 64)

@@ -17,9 +17,9 @@ import pytest
 
 from engine import files
 from engine.errors import ConfigError, StorageFull, StoreError
-from engine.store import Collected, ConceptStore, StoreConfig
-from engine.store_places import FILES
-from engine.store_sqlite import INDEX
+from engine.store.concept_store import Collected, ConceptStore, StoreConfig
+from engine.store.places import FILES
+from engine.store.sqlite import INDEX
 from tests.store_setup import DAY_S, ROOT, in_process, make_concept, value_of
 
 FAR_AHEAD = 4e9
@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from engine.concepts import Concept
-from engine.store import ConceptStore, StoreConfig
+from engine.store.concept_store import ConceptStore, StoreConfig
 store = ConceptStore(StoreConfig(folder=Path(sys.argv[1]), kept_versions=2))
 print("ready", flush=True)
 for value in range(int(sys.argv[2]), 10**9):
@@ -130,7 +130,7 @@ _READ_ONLY = """
 import os, sys
 from pathlib import Path
 from engine.errors import StoreError
-from engine.store import ConceptStore
+from engine.store.concept_store import ConceptStore
 from tests.store_setup import make_concept, value_of
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 store = ConceptStore(Path(sys.argv[1]))

@@ -18,7 +18,7 @@ from engine.errors import (
     TenantFull,
     UnknownConcept,
 )
-from engine.store import Collected, ConceptStore
+from engine.store.concept_store import Collected, ConceptStore
 from tests import store_setup
 from tests.store_setup import DAY_S, HOUR_S, Clock, OpenStore, make_concept, value_of
 

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from engine.errors import ConceptExists, StaleEtag, UnknownConcept
-from engine.store import ConceptStore, StoreConfig
+from engine.store.concept_store import ConceptStore, StoreConfig
 from tests.postgres_server import PostgresServer
 from tests.store_setup import DAY_S, Clock, make_concept
 

@@ -11,13 +11,14 @@ import pytest
 
 from engine.concepts import concept_to_bytes
 from engine.errors import StoreError, UnknownConcept
-from engine.store import ConceptStore
-from engine.store_places import FILES
-from engine.store_sqlite import INDEX
+from engine.store.concept_store import ConceptStore
+from engine.store.places import FILES
+from engine.store.sqlite import INDEX
 from tests.store_setup import make_concept, value_of
 
-# What engine/store.py at schema 1 (commit ba963bd) wrote for the two concepts below, with the clock
-# set to these times: the SQL that `sqlite3.Connection.iterdump` gave, and `PRAGMA user_version`.
+# What the store at schema 1 (engine/store.py of commit ba963bd) wrote for the two concepts below,
+# with the clock set to these times: the SQL that `sqlite3.Connection.iterdump` gave, and
+# `PRAGMA user_version`.
 _INDEX_1 = """
 CREATE TABLE concepts (
     tenant TEXT NOT NULL,
@@ -104,7 +105,7 @@ def test_migration_that_fails_leaves_the_old_store(
     before = dump(tmp_path)
     with monkeypatch.context() as patch:
         broken = ("INSERT INTO concept_names SELECT * FROM nowhere",)
-        patch.setattr("engine.store_schema._FROM_1", broken)
+        patch.setattr("engine.store.schema._FROM_1", broken)
         with pytest.raises(StoreError, match="no such table: nowhere"):
             ConceptStore(tmp_path)
     assert dump(tmp_path) == before

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigError, StoreError
-from engine.store import ConceptStore, StoreConfig
-from engine.store_database import Database
-from engine.store_postgres import PostgresDialect
+from engine.store.concept_store import ConceptStore, StoreConfig
+from engine.store.database import Database
+from engine.store.postgres import PostgresDialect
 from tests.postgres_server import PostgresServer
 from tests.store_setup import make_concept, value_of
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import StoreError
-from engine.server import ServerConfig, _open_store
-from engine.store import Collected, ConceptStore
+from engine.serving.serve import _open_store
+from engine.serving.server_config import ServerConfig
+from engine.store.concept_store import Collected, ConceptStore
 from tests import service_harness
 from tests.postgres_server import PostgresServer
 from tests.service_harness import StartServer
@@ -31,7 +32,7 @@ async def test_server_collects_again_and_again_whatever_happens(
             loop.call_soon_threadsafe(third.set)
         return Collected(num_versions=1, num_files=1)
 
-    monkeypatch.setattr("engine.server.COLLECT_EVERY_S", 0.0)
+    monkeypatch.setattr("engine.serving.server.COLLECT_EVERY_S", 0.0)
     await start_server()
     monkeypatch.setattr(ConceptStore, "collect", collect)
     async with asyncio.timeout(60):

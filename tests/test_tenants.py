@@ -10,9 +10,9 @@ from google.protobuf.message import Message
 from grpc import StatusCode
 
 from engine.concepts import concept_to_bytes
-from engine.method_scopes import SCOPE
-from engine.training_folder import TrainingRecord
-from engine.training_spec import TrainingSpec
+from engine.security.method_scopes import SCOPE
+from engine.training.folder import TrainingRecord
+from engine.training.spec import TrainingSpec
 from protos.oneword.v1 import concepts_pb2, generation_pb2, training_pb2
 from tests import security_setup
 from tests.security_setup import Caller, Secured

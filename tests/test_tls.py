@@ -13,10 +13,10 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 
 from engine.client import Client, ServerError
-from engine.client_channel import ClientSecurity, is_on_this_machine
+from engine.client.channel import ClientSecurity, is_on_this_machine
 from engine.errors import ConfigError
-from engine.security_config import SecurityConfig, check_listen
-from engine.tls import Certificates
+from engine.security.config import SecurityConfig, check_listen
+from engine.security.tls import Certificates
 from protos.oneword.v1 import server_info_pb2
 from tests import security_setup
 from tests.security_setup import Pems, Secured, StartSecured, channel_credentials

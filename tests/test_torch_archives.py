@@ -16,10 +16,15 @@ import pytest
 import torch
 
 from engine.concepts import concept_from_bytes
+from engine.dialects.inert_pickles import Record
+from engine.dialects.torch_archive_writer import torch_archive
+from engine.dialects.torch_archives import (
+    TorchArchive,
+    TorchTensor,
+    is_torch_archive,
+    read_torch_archive,
+)
 from engine.errors import ConceptUnreadable
-from engine.inert_pickles import Record
-from engine.torch_archive_writer import torch_archive
-from engine.torch_archives import TorchArchive, TorchTensor, is_torch_archive, read_torch_archive
 
 VALUES = torch.linspace(-1, 1, 12).reshape(2, 6)
 both_containers = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -237,7 +242,7 @@ def test_deep_and_long_pickles_end_in_words(monkeypatch: pytest.MonkeyPatch) -> 
     assert type(read(with_pickle(lists)).value) is list
     own = b"\x80\x02]q\x00h\x00a."  # a list within itself
     assert type(read(with_pickle(own)).value) is list
-    monkeypatch.setattr("engine.inert_pickles.MAX_OPCODES", 100)
+    monkeypatch.setattr("engine.dialects.inert_pickles.MAX_OPCODES", 100)
     read(with_pickle(b"\x80\x02]" + b"Na" * 48 + b"."))
     refused(with_pickle(b"\x80\x02]" + b"Na" * 49 + b"."), "more than 100 pickle opcodes")
 

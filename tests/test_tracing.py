@@ -12,10 +12,10 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from engine import operations
 from engine.errors import ConfigError
-from engine.operations_config import OperationsConfig
-from engine.tracing import make_provider, trace_metadata
+from engine.operations import operations
+from engine.operations.config import OperationsConfig
+from engine.operations.tracing import make_provider, trace_metadata
 from protos.oneword.v1 import server_info_pb2
 from protos.oneword.v1.generation_pb2 import GenerateRequest
 from tests import service_harness

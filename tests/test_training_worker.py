@@ -23,19 +23,19 @@ from PIL import Image
 from engine.client import Client, ServerError
 from engine.concepts import read_concept
 from engine.fingerprint import embedding_fingerprint
-from engine.training_folder import TrainingFolder, TrainingRecord
-from engine.training_model import read_fingerprint
-from engine.training_option_wire import (
+from engine.training.folder import TrainingFolder, TrainingRecord
+from engine.training.model import read_fingerprint
+from engine.training.option_wire import (
     LEARNABLE_PROPERTIES,
     OPTIMIZERS,
     STOP_RULES,
     options_from_proto,
     options_to_proto,
 )
-from engine.training_options import AUTO, MAX_CANDIDATES, MAX_STEPS_BETWEEN, MAX_STOP_WINDOW
-from engine.training_reports import Failure, Progress, Skipped, from_line, to_line
-from engine.training_spec import TrainingLimits, TrainingSpec, check_spec
-from engine.training_store import TrainingStore
+from engine.training.options import AUTO, MAX_CANDIDATES, MAX_STEPS_BETWEEN, MAX_STOP_WINDOW
+from engine.training.reports import Failure, Progress, Skipped, from_line, to_line
+from engine.training.spec import TrainingLimits, TrainingSpec, check_spec
+from engine.training.store import TrainingStore
 from protos.oneword.v1 import training_pb2
 from protos.oneword.v1.generation_pb2 import GenerateRequest
 from protos.oneword.v1.generation_pb2_grpc import ImageGenerationServiceStub
@@ -185,8 +185,9 @@ from pathlib import Path
 sys.modules.update(dict.fromkeys(sys.argv[3:]))  # packages that cannot be imported
 from safetensors.numpy import load_file
 from engine.pipeline import Pipeline
-from engine.server import ServerConfig, serve
-from engine.training_config import TrainingConfig
+from engine.serving.serve import serve
+from engine.serving.server_config import ServerConfig
+from engine.training.config import TrainingConfig
 from tests.training_harness import pipeline_of
 
 model, concept_dir = map(Path, sys.argv[1:3])

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import worker_wire
 from engine.pipeline import Pipeline
 from engine.planner import DenoisingTask
 from engine.requests import GenerationRequest
-from engine.task_wire import task_from_message, task_to_message
-from engine.worker_wire import Message, WireError, receive, send
+from engine.worker import wire as worker_wire
+from engine.worker.task_wire import task_from_message, task_to_message
+from engine.worker.wire import Message, WireError, receive, send
 from tests.fakes import FakeDenoiser, make_pipeline
 
 Pair = tuple[socket.socket, socket.socket]

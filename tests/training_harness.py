@@ -17,14 +17,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 from safetensors.numpy import save_file
 
+from engine.client.training import create_requests
 from engine.fingerprint import embedding_fingerprint
 from engine.pipeline import Pipeline
-from engine.server import TRAINING_SERVICE, Server, ServerConfig
+from engine.serving.server import TRAINING_SERVICE, Server
+from engine.serving.server_config import ServerConfig
 from engine.sessions import Session
-from engine.store import ConceptStore
-from engine.training_client import create_requests
-from engine.training_config import TrainingConfig
-from engine.training_spec import TrainingLimits
+from engine.store.concept_store import ConceptStore
+from engine.training.config import TrainingConfig
+from engine.training.spec import TrainingLimits
 from protos.oneword.v1 import training_pb2
 from protos.oneword.v1.training_pb2 import CreateTrainingRequest, ImageChunk
 from protos.oneword.v1.training_pb2_grpc import TrainingServiceStub

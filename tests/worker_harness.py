@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from engine.batcher import Model
+from engine.batching.batcher import Model
 from engine.bundle import MANIFEST, TOKEN_EMBEDDING, read_manifest
 from engine.errors import NumericalError
 from engine.files import sha256_of_file
 from engine.fingerprint import embedding_fingerprint
 from engine.planner import GenerationPlan
-from engine.remote_model import RemoteModel
 from engine.requests import GenerationRequest, RgbImage
-from engine.worker_process import WorkerCommand
-from engine.worker_supervisor import WorkerConfig
+from engine.worker.process import WorkerCommand
+from engine.worker.remote_model import RemoteModel
+from engine.worker.supervisor import WorkerConfig
 from tests import faulty_worker
 
 WAIT_S = 120.0  # a guard; everything here takes well under a second where nobody else computes

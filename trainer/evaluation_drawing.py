@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 
-from engine.batcher import Batcher, BatcherConfig, Event, Failed, Finished, ImageDone
+from engine.batching.batcher import Batcher, BatcherConfig, Event, Failed, Finished, ImageDone
 from engine.pipeline import GenerationPlan, Pipeline
 from engine.requests import GenerationRequest, RgbImage
 from trainer.evaluation_errors import EvaluationError

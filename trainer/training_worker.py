@@ -1,7 +1,7 @@
 """A learning process of the server: one training, from its folder to a concept in it.
 
 `python -m trainer.training_worker FOLDER --model DIR` reads the spec and the images of an
-`engine.training_folder.TrainingFolder`, reports on standard output, keeps a checkpoint and goes on
+`engine.training.folder.TrainingFolder`, reports on standard output, keeps a checkpoint and goes on
 from it, and ends with 0 when the concept is written. SIGTERM, and the end of standard input (the
 server is gone), make it save and end with 143.
 """
@@ -26,8 +26,8 @@ import torch
 from engine.concepts import write_concept
 from engine.errors import OneWordError
 from engine.files import is_full, write_atomically
-from engine.training_folder import TrainingFolder, TrainingRecord
-from engine.training_reports import (
+from engine.training.folder import TrainingFolder, TrainingRecord
+from engine.training.reports import (
     MAX_REASON_CHARACTERS,
     Failure,
     Progress,

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import BUNDLE, ROOT, example_concept
-from engine.batcher import Batcher, Model, generate
+from engine.batching.batcher import Batcher, Model, generate
 from engine.client import Client
 from engine.concepts import Concept, concept_to_bytes
 from engine.images import encode_image
 from engine.pipeline import Pipeline
 from engine.planner import Planner
-from engine.remote_model import open_remote
 from engine.requests import GenerationRequest
+from engine.worker.remote_model import open_remote
 from protos.oneword.v1.generation_pb2 import ConceptReference, GenerateRequest, InlineConcept
 
 PROMPT = "a photo of <x> on a blue background"

@@ -10,7 +10,7 @@ import asyncio
 from contextlib import aclosing
 from pathlib import Path
 
-from engine.async_client import AsyncClient
+from engine.client import AsyncClient
 from protos.oneword.v1.generation_pb2 import ImageResult
 
 

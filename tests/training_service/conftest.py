@@ -27,7 +27,9 @@ def model(tmp_path: Path) -> Path:
 async def start(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Start]:
-    monkeypatch.setattr("engine.server.worker_command", lambda *_words, **_settings: SCRIPTED)
+    monkeypatch.setattr(
+        "engine.serving.server.worker_command", lambda *_words, **_settings: SCRIPTED
+    )
     started: list[LearningServer] = []
 
     async def start(**settings: Any) -> LearningServer:

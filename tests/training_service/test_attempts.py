@@ -11,9 +11,9 @@ from grpc import StatusCode
 
 from engine.concepts import Concept, read_concept
 from engine.errors import ConfigError, StorageFull
-from engine.training_folder import TrainingFolder, TrainingRecord, TrainingState, UploadedImage
-from engine.training_spec import TrainingSpec
-from engine.training_store import TrainingStore
+from engine.training.folder import TrainingFolder, TrainingRecord, TrainingState, UploadedImage
+from engine.training.spec import TrainingSpec
+from engine.training.store import TrainingStore
 from protos.oneword.v1 import training_pb2
 from tests.fakes import DIM
 from tests.training_harness import (

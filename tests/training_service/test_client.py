@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from engine.client import Client
-from engine.training_client import create_requests
+from engine.client.training import create_requests
 from protos.oneword.v1 import training_pb2
 from tests.training_harness import (
     IMAGES,
@@ -33,7 +33,7 @@ async def test_the_client_has_a_word_learned(served: LearningServer) -> None:
 
 
 def test_the_client_cuts_images_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.training_client.CHUNK_BYTES", 4)
+    monkeypatch.setattr("engine.client.training.CHUNK_BYTES", 4)
     requests = list(create_requests(training_pb2.TrainingSpec(), {"a": b"0123456789"}, {}, {}))
     assert requests[0].HasField("spec")
     assert requests[-1].end.num_images == 1

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from engine.concepts import Concept, read_concept
-from engine.training_folder import TrainingFolder
+from engine.training.folder import TrainingFolder
 from oneword import training_display
 from oneword.cli import main
 from oneword.image_folder import read_image_folder

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from grpc import StatusCode
 
-from engine.training_folder import TrainingFolder
-from engine.training_spec import MAX_CAPTIONS_BYTES, TrainingLimits
+from engine.training.folder import TrainingFolder
+from engine.training.spec import MAX_CAPTIONS_BYTES, TrainingLimits
 from protos.oneword.v1 import training_pb2
 from protos.oneword.v1.training_pb2 import CreateTrainingRequest, ImageChunk
 from tests.test_service import field_of

@@ -11,8 +11,8 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 
 from engine.concepts import Concept
-from engine.training_folder import TrainingFolder
-from engine.training_spec import TrainingLimits
+from engine.training.folder import TrainingFolder
+from engine.training.spec import TrainingLimits
 from protos.oneword.v1 import training_pb2
 from tests.fakes import DIM
 from tests.scripted_worker import STEPS

@@ -11,9 +11,10 @@ from grpc import StatusCode
 from PIL import Image
 
 from engine.client import Client
-from engine.server import Server, ServerConfig
-from engine.store import ConceptStore
-from engine.training_spec import TrainingLimits
+from engine.serving.server import Server
+from engine.serving.server_config import ServerConfig
+from engine.store.concept_store import ConceptStore
+from engine.training.spec import TrainingLimits
 from protos.oneword.v1 import server_info_pb2
 from tests.fakes import FakeDenoiser, make_pipeline
 from tests.training_harness import (

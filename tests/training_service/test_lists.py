@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from grpc import StatusCode
 
-from engine.training_spec import TrainingLimits
+from engine.training.spec import TrainingLimits
 from protos.oneword.v1 import training_pb2
 from tests.test_service import details, field_of
 from tests.training_harness import (

@@ -11,9 +11,10 @@ from grpc_health.v1 import health_pb2
 
 from engine.client import Client, ServerError
 from engine.errors import ConfigError
-from engine.server import Server, ServerConfig
-from engine.store import ConceptStore
-from engine.training_config import TrainingConfig
+from engine.serving.server import Server
+from engine.serving.server_config import ServerConfig
+from engine.store.concept_store import ConceptStore
+from engine.training.config import TrainingConfig
 from tests.fakes import DIM, FakeDenoiser, make_pipeline
 from tests.training_harness import (
     IMAGES,

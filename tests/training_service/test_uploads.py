@@ -62,7 +62,7 @@ async def test_a_bad_upload_is_refused_and_leaves_nothing(
 async def test_a_picture_of_too_many_pixels_is_refused_undecoded(
     served: LearningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.training_uploads.MAX_IMAGE_PIXELS", 1599)
+    monkeypatch.setattr("engine.training.uploads.MAX_IMAGE_PIXELS", 1599)
     error = await refusal(served.create())
     assert "it is 40 x 40, the limit is 1599 pixels" in (error.details() or "")
 

@@ -1,0 +1,1 @@
+"""Who calls, what he may, and which bundles may be opened."""

@@ -1,0 +1,1 @@
+"""The server: calls in, the work of the other packages, answers out."""

@@ -1,0 +1,145 @@
+"""From a request of the API to its events: planned in the pool, carried out by the batcher."""
+
+import dataclasses
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from engine.batching.batcher import Finished, ImageDone, StepDone
+from engine.concepts import MAX_FILE_BYTES
+from engine.errors import InvalidRequest
+from engine.image_jobs.store import ImageJob
+from engine.planner import Planner
+from engine.serving import wire
+from engine.serving.executions import Execution, Executions, Memory, Started, seed_of
+from engine.serving.runtime import Runtime
+from engine.serving.streams import EventStream
+from protos.oneword.v1.generation_pb2 import (
+    GenerateImagesResponse,
+    GenerateRequest,
+    GenerateResponse,
+)
+
+MAX_PRIORITY = 9
+
+
+class Generation:
+    """The requests of all callers, whichever call they came with."""
+
+    def __init__(self, runtime: Runtime, memory: Memory | None = None) -> None:
+        self._runtime = runtime
+        self.executions = Executions(self._start, memory=memory)
+
+    async def follow(
+        self, request: GenerateRequest, server_id: str, *, tenant: str, deadline: float | None
+    ) -> AsyncGenerator[GenerateResponse]:
+        """The events of a request, to its end; leaving stops it, unless others follow it too.
+
+        `server_id` is what the server calls the request, `deadline` a `time.monotonic()` value.
+        """
+        async with self.executions.reading(
+            request, tenant=tenant, server_id=server_id, deadline=deadline
+        ) as reader:
+            async for response in reader:
+                yield response
+
+    async def follow_job(
+        self, request: GenerateRequest, job: ImageJob
+    ) -> AsyncGenerator[GenerateResponse]:
+        """The events of what is left of a job."""
+        unnamed = GenerateRequest()
+        unnamed.CopyFrom(request)
+        unnamed.ClearField("request_id")
+        async with self.executions.reading(
+            unnamed, tenant=job.tenant, server_id=job.job_id, deadline=None, of_job=True
+        ) as reader:
+            async for response in reader:
+                yield response
+
+    def pin(self, request: GenerateRequest, tenant: str) -> GenerateRequest:
+        """Check a request as if it were carried out now, and write into it what it stands for.
+
+        Host work: not on the event loop.
+        """
+        planner = self._runtime.deployment.current.planner
+        replies = self._prepare(request, tenant, planner, False)
+        return wire.pinned(request, replies.plan.request)
+
+    @asynccontextmanager
+    async def _start(
+        self, execution: Execution, request: GenerateRequest, events: EventStream
+    ) -> AsyncGenerator[Started]:
+        # Held to the end: what was planned for a model is drawn by it, whatever is deployed.
+        with self._runtime.deployment.lease() as served:
+            replies = await self._runtime.in_pool(
+                self._prepare, request, execution.key.tenant, served.planner, execution.of_job
+            )
+            job = served.batcher.submit(
+                replies.plan,
+                events.put,
+                deadline=execution.deadline,
+                priority=request.priority,
+                tenant=execution.key.tenant,
+                may_reuse=request.HasField("seed"),
+            )
+            yield Started(
+                cancel=job.cancel,
+                set_deadline=partial(served.batcher.set_deadline, job),
+                accepted=replies.accepted(execution.name, job.queue_position),
+                reply=partial(self._reply, replies),
+            )
+
+    def _prepare(
+        self, request: GenerateRequest, tenant: str, planner: Planner, trusted: bool
+    ) -> wire.Replies:
+        _check_priority(request.priority)
+        limits = planner.limits
+        if trusted:  # a stored concept may be larger than one that is sent along
+            limits = dataclasses.replace(limits, max_inline_concept_bytes=2 * MAX_FILE_BYTES)
+        image_format = wire.image_format_from_proto(request.image_format)
+        domain_request = wire.request_from_proto(
+            request,
+            store=self._runtime.store,
+            limits=limits,
+            tenant=tenant,
+            default_seed=seed_of(tenant, request.request_id) if request.request_id else None,
+        )
+        return wire.Replies(
+            plan=planner.plan(domain_request),
+            model_name=planner.bundle.manifest.model_name,
+            image_format=image_format,
+        )
+
+    async def _reply(
+        self, replies: wire.Replies, event: StepDone | ImageDone | Finished
+    ) -> GenerateResponse:
+        match event:
+            case StepDone(preview=None):  # nothing to encode: not worth a change of threads
+                return replies.progress(event)
+            case StepDone():
+                return await self._runtime.in_pool(replies.progress, event)
+            case ImageDone():
+                return await self._runtime.in_pool(replies.image, event)
+            case Finished(timings=timings):
+                return replies.summary(timings)
+
+
+def collect(answer: GenerateImagesResponse, response: GenerateResponse) -> None:
+    """Add one event to the answer that has all of them."""
+    match response.WhichOneof("event"):
+        case "accepted":
+            answer.accepted.CopyFrom(response.accepted)
+        case "image":
+            answer.images.append(response.image)
+            answer.images.sort(key=lambda image: image.image_index)
+        case "summary":
+            answer.summary.CopyFrom(response.summary)
+        case _:
+            pass
+
+
+def _check_priority(priority: int) -> None:
+    if priority > MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority must be between 0 and {MAX_PRIORITY}, got {priority}", field="priority"
+        )

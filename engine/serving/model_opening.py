@@ -1,0 +1,68 @@
+"""How a server opens bundles: trusted, in a process of the model's own or in this one."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.batching.model import Model
+from engine.bundle import Manifest, read_manifest
+from engine.errors import DeploymentFailed, EngineError
+from engine.pipeline import Pipeline
+from engine.planner import Planner
+from engine.security.bundle_signatures import check_bundle
+from engine.serving.deployment import OpenModel
+from engine.serving.server_config import ServerConfig
+from engine.worker.remote_model import open_remote
+
+T = TypeVar("T")
+
+
+def model_opener(config: ServerConfig) -> OpenModel:
+    """How bundles are opened: the first one, and those that are deployed later."""
+    settings: dict[str, Any] = {
+        "execution_provider": config.execution_provider,
+        "limits": config.limits,
+    }
+    if config.model_process:
+        opens: OpenModel = partial(open_remote, config=config.worker, **settings)
+    else:
+        opens = partial(_open_here, **settings)
+
+    def open_trusted(bundle: Path) -> tuple[Planner, Model]:
+        if config.security.trusted_keys:
+            check_bundle(bundle, config.security.trusted_keys)
+        return opens(bundle)
+
+    return open_trusted
+
+
+async def in_daemon_thread(function: Callable[[Path], T], bundle: Path) -> T:
+    """Unlike one of a pool's, this thread does not hold up a process that is told to end."""
+    result: Future[T] = Future()
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(function(bundle))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="opening a bundle", daemon=True).start()
+    return await asyncio.wrap_future(result)
+
+
+def _open_here(bundle: Path, **settings: Any) -> tuple[Planner, Model]:
+    pipeline = Pipeline.open(bundle, **settings)
+    return pipeline, pipeline
+
+
+def manifest_to_deploy(bundle: Path) -> Manifest:
+    """What a bundle says of itself; raises `DeploymentFailed`."""
+    try:
+        return read_manifest(bundle)
+    except EngineError as error:
+        raise DeploymentFailed(str(error)) from error

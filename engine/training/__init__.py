@@ -1,0 +1,1 @@
+"""Learning on the server: uploads, a queue, and processes that learn."""

@@ -1,0 +1,158 @@
+"""The process that owns the graphs: it keeps the images in flight by number and advances them.
+
+Started by `engine/worker/process.py`, which speaks with it over an inherited socket, one question
+and one answer at a time. It ends when the socket does, that is, when the server is gone, however
+that came; signals meant for the server (Ctrl-C, a service manager's SIGTERM to the whole group) are
+not for it, for the server drains before it closes the socket.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from engine.bundle import Bundle
+from engine.errors import NumericalError
+from engine.pipeline import ImageInFlight, ImageModel, open_sessions
+from engine.worker.answers import error_to_body, identity_of
+from engine.worker.task_wire import task_from_message
+from engine.worker.wire import Array, Message, WireError, receive, send
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_OOM_SCORE = "500"  # of 1000
+
+# Makes the model of a bundle; tests put one in that fails in chosen ways.
+Load = Callable[[Bundle, str], ImageModel]
+
+
+def load_model(bundle: Bundle, execution_provider: str) -> ImageModel:
+    return ImageModel(bundle, open_sessions(bundle, execution_provider))
+
+
+class Worker:
+    """The images in flight of this process, and what can be asked about them."""
+
+    def __init__(self, model: ImageModel) -> None:
+        self._model = model
+        self._images: dict[int, ImageInFlight] = {}
+        self._actions: dict[str, Callable[[Message], Message]] = {
+            "begin": self._begin,
+            "step": self._step,
+            "decode": self._decode,
+            "preview": self._preview,
+            "release": self._release,
+            "count": self._count,
+        }
+
+    def answer(self, request: Message) -> Message:
+        """Do what is asked; whatever goes wrong is an answer too."""
+        try:
+            self._forget(request.body.get("forgotten", ()))
+            action = self._actions.get(request.body.get("action", ""))
+            if action is None:
+                raise WireError(f"unknown action in {list(request.body)}")
+            return action(request)
+        except Exception as error:
+            if not isinstance(error, NumericalError):
+                logger.exception("a request to the model failed")
+            return Message({"error": error_to_body(error)})
+
+    def _begin(self, request: Message) -> Message:
+        images = self._model.begin_task(task_from_message(request))
+        self._images |= zip(request.body["ids"], images, strict=True)
+        (shape_key,) = {image.shape_key for image in images}
+        return Message({"shape_key": shape_key, "row_cost": self._model.row_cost(images[0])})
+
+    def _step(self, request: Message) -> Message:
+        self._model.step([self._find(image_id) for image_id in request.body["ids"]])
+        return Message({})
+
+    def _decode(self, request: Message) -> Message:
+        ids = request.body["ids"]
+        images = [self._find(image_id) for image_id in ids]
+        self._forget(ids)  # decoded once, whatever comes of it
+        results = self._model.decode(images)
+        faults = [error_to_body(r) if isinstance(r, NumericalError) else None for r in results]
+        pictures = [r for r in results if not isinstance(r, NumericalError)]
+        return Message({"faults": faults}, pictures)
+
+    def _preview(self, request: Message) -> Message:
+        picture = self._model.preview(self._find(request.body["id"]))
+        pictures: list[Array] = [] if picture is None else [picture]
+        return Message({}, pictures)
+
+    def _release(self, request: Message) -> Message:
+        self._forget(request.body["ids"])
+        return Message({})
+
+    def _count(self, request: Message) -> Message:
+        return Message({"images": len(self._images)})
+
+    def _find(self, image_id: int) -> ImageInFlight:
+        if image_id not in self._images:
+            raise WireError(f"there is no image {image_id} in flight")
+        return self._images[image_id]
+
+    def _forget(self, ids: Sequence[int]) -> None:
+        for image_id in ids:
+            self._images.pop(image_id, None)
+
+
+def serve(connection: socket.socket, bundle: Path, execution_provider: str, load: Load) -> None:
+    """Load a bundle, say how that went, then answer until the other side is gone."""
+    try:
+        opened = Bundle.open(bundle)
+        worker = Worker(load(opened, execution_provider))
+    except Exception as error:
+        with contextlib.suppress(ConnectionError):  # who started this found out for himself
+            send(connection, Message({"error": error_to_body(error)}))
+        return
+    send(connection, Message({"model": identity_of(opened.manifest)}))
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            request = receive(connection)
+            answer = worker.answer(request)
+            # The number shows the other side that this is the answer to what it asked last.
+            answer.body["number"] = request.body.get("number")
+            send(connection, answer)
+
+
+def main(load: Load = load_model) -> None:
+    parser = argparse.ArgumentParser(prog="engine.worker.model_worker", allow_abbrev=False)
+    parser.add_argument("--socket", type=int, required=True, help="descriptor of the socket")
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--execution-provider", required=True)
+    arguments = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
+    _die_before_parent()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with socket.socket(fileno=arguments.socket) as connection:
+        serve(connection, arguments.bundle, arguments.execution_provider, load)
+
+
+def _die_with_parent() -> None:
+    """Be killed with the server's process, also in the middle of a call (Linux).
+
+    The kernel means the thread that started this process: it must live as long as the server does.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _die_before_parent() -> None:
+    """When memory runs out, be what the kernel kills: this process can be started again."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(_OOM_SCORE)
+
+
+if __name__ == "__main__":
+    main()
