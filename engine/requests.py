@@ -14,6 +14,8 @@ from engine.samplers import SamplerTable, Trajectory
 
 MAX_SEED = 2**64 - 1
 MAX_GUIDANCE_SCALE = 100.0
+MAX_PRIORITY = 9
+MAX_REQUEST_ID_CHARACTERS = 64
 
 RgbImage = UInt8[np.ndarray, "height width 3"]
 
@@ -141,4 +143,23 @@ def _in_range(name: str, value: int, low: int, high: int, hint: str = "") -> Non
     if not low <= value <= high:
         raise InvalidRequest(
             f"{name} must be between {low} and {high}, got {value}{hint}", field=name
+        )
+
+
+def check_priority(priority: int) -> None:
+    """Raise `InvalidRequest` for one out of range."""
+    if not 0 <= priority <= MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority must be between 0 and {MAX_PRIORITY}, got {priority}", field="priority"
+        )
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise `InvalidRequest` for what is no id; the empty one means that there is none."""
+    printable = request_id.isascii() and request_id.isprintable()
+    if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not printable:
+        raise InvalidRequest(
+            f"request_id must have at most {MAX_REQUEST_ID_CHARACTERS} characters of printable "
+            f"ASCII, got {quoted(request_id)}; a UUID will do",
+            field="request_id",
         )

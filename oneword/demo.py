@@ -142,6 +142,7 @@ def _run(*arguments: str | Path) -> None:
 
 def _start_server(bundle: Path) -> tuple["subprocess.Popen[str]", str]:
     words = ["-m", "oneword", "serve", "--bundle", str(bundle), "--listen", "127.0.0.1:0"]
+    words += ["--no-access-log"]
     print("$ python " + shlex.join(words), flush=True)
     server = subprocess.Popen(
         [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, bufsize=1

@@ -22,8 +22,10 @@ from engine.errors import (
     UnknownJob,
     WorkerDied,
 )
+from engine.image_jobs.database import FILE
+from engine.image_jobs.job import ImageJob, JobLimits
 from engine.image_jobs.runner import MAX_ATTEMPTS, ImageJobRunner
-from engine.image_jobs.store import FILE, ImageJob, ImageJobStore, JobLimits
+from engine.image_jobs.store import ImageJobStore
 from protos.oneword.v1.generation_pb2 import (
     Failure,
     GenerateRequest,
@@ -125,7 +127,7 @@ def test_a_server_that_comes_back_takes_up_what_was_left(tmp_path: Path, clock: 
     store = ImageJobStore(tmp_path, JobLimits(), clock=clock)
     jobs = {name: submit(store, name) for name in ("waits", "runs", "stops", "done")}
     for job in [jobs["runs"], jobs["stops"], jobs["done"]]:
-        store._database.execute(
+        store._database.connection.execute(
             "UPDATE jobs SET status = 'running', attempts = 1 WHERE job_id = ?", (job.job_id,)
         )
     store.cancel(jobs["stops"].job_id, tenant="a")
@@ -186,8 +188,8 @@ def test_old_jobs_and_the_oldest_of_too_many_images_are_forgotten(
 def test_a_second_server_and_other_databases_are_refused(tmp_path: Path) -> None:
     store = ImageJobStore(tmp_path, JobLimits())
     script = (
-        "import sys; from pathlib import Path; import engine.image_jobs.store as jobs;"
-        "jobs.BUSY_TIMEOUT_S = 0.1; jobs.ImageJobStore(Path(sys.argv[1]), jobs.JobLimits())"
+        "import sys; from pathlib import Path; import engine.image_jobs.database as jobs;"
+        "jobs.BUSY_TIMEOUT_S = 0.1; jobs.JobDatabase(Path(sys.argv[1]))"
     )
     found = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
@@ -209,7 +211,8 @@ def test_what_was_accepted_survives_a_kill(tmp_path: Path) -> None:
     script = """
 import os, sys
 from pathlib import Path
-from engine.image_jobs.store import ImageJobStore, JobLimits
+from engine.image_jobs.job import JobLimits
+from engine.image_jobs.store import ImageJobStore
 store = ImageJobStore(Path(sys.argv[1]), JobLimits())
 for number in range(1000):
     job = store.submit(tenant="a", request_id=str(number), body=b"", shown=b"", pinned=b"p",
@@ -234,7 +237,7 @@ for number in range(1000):
 
 
 def test_a_disk_that_fails_is_a_store_error(store: ImageJobStore) -> None:
-    store._database.execute("PRAGMA query_only = ON")
+    store._database.connection.execute("PRAGMA query_only = ON")
     with pytest.raises(StoreError, match="jobs cannot be read or written now: attempt to write"):
         submit(store)
 

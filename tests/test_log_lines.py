@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from grpc import StatusCode
 
-from engine.operations.log_lines import LineFormatter, describe_fault
+from engine.faults import describe_fault
+from engine.operations.log_lines import LineFormatter
 from tests import security_setup, service_harness
 from tests.security_setup import Secured
 from tests.service_harness import Harness, details, kinds, make_concept

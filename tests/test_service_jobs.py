@@ -9,7 +9,7 @@ import grpc.aio
 import pytest
 from grpc import StatusCode
 
-from engine.image_jobs.store import JobLimits
+from engine.image_jobs.job import JobLimits
 from protos.oneword.v1 import generation_pb2 as pb
 from protos.oneword.v1 import server_info_pb2
 from tests import service_harness

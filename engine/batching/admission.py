@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from engine.batching.config import BatcherConfig
 from engine.batching.fair_queue import SAFETY, FairQueue
-from engine.batching.jobs import MAX_PRIORITY, Job, Slot
+from engine.batching.jobs import Job, Slot
 from engine.batching.shared_calls import how_many_join
 from engine.batching.step_costs import CostTable
-from engine.errors import DeadlineExceeded, InvalidRequest, QueueFull
+from engine.errors import DeadlineExceeded, QueueFull
+from engine.requests import check_priority
 
 _LEAST_RETRY_S = 0.1
 
@@ -47,10 +48,7 @@ def check_request(job: Job) -> None:
     """Raise for what is wrong with it whoever else is there."""
     if error := job.reason_to_drop(job.submitted):
         raise error
-    if not 0 <= job.priority <= MAX_PRIORITY:
-        raise InvalidRequest(
-            f"priority must be between 0 and {MAX_PRIORITY}, got {job.priority}", field="priority"
-        )
+    check_priority(job.priority)
 
 
 def check_room(job: Job, queue: FairQueue, config: BatcherConfig, costs: CostTable) -> None:

@@ -18,6 +18,7 @@ from engine.batching.result_cache import ResultCache
 from engine.batching.step_costs import CostTable
 from engine.batching.step_loop import StepLoop
 from engine.errors import ShuttingDown
+from engine.faults import log_fault
 from engine.planner import GenerationPlan
 from engine.store.concept_store import DEFAULT_TENANT
 
@@ -133,7 +134,7 @@ class Batcher:
         try:
             self._loop.tick()
         except Exception as error:  # a bug of ours must not take the worker with it
-            logger.exception("the batcher failed; its requests are dropped")
+            log_fault(logger, error, "the batcher failed; its requests are dropped")
             self._loop.fail_all(error)
 
 

@@ -10,11 +10,10 @@ from engine.batching.events import Event, Failed, Finished, Timings
 from engine.batching.model import InFlight
 from engine.batching.step_costs import CostTable
 from engine.errors import Cancelled, DeadlineExceeded, EngineError
+from engine.faults import log_fault
 from engine.planner import GenerationPlan
 
 logger = logging.getLogger(__name__)
-
-MAX_PRIORITY = 9
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -79,8 +78,8 @@ class Job:
         self.closed = isinstance(event, Finished | Failed)
         try:
             self.on_event(event)
-        except Exception:
-            logger.exception("a listener failed; its request is dropped")
+        except Exception as error:
+            log_fault(logger, error, "a listener failed; its request is dropped")
             self.cancelled = True
 
     def fail(self, error: Exception) -> None:

@@ -23,6 +23,7 @@ from engine.batching.result_cache import ResultCache
 from engine.batching.shared_calls import by_urgency, can_share, choose_call
 from engine.batching.step_costs import CostTable
 from engine.errors import NumericalError, WorkerDied
+from engine.faults import log_fault
 from engine.planner import GenerationPlan
 from engine.requests import RgbImage
 from engine.store.concept_store import DEFAULT_TENANT
@@ -197,7 +198,7 @@ class StepLoop:
         except WorkerDied:
             raise
         except Exception as error:
-            logger.exception("a request could not begin")
+            log_fault(logger, error, "a request could not begin")
             job.fail(error)
             with self.lock:
                 self._queue.remove(job)
@@ -308,7 +309,7 @@ class StepLoop:
         except WorkerDied:
             raise
         except Exception as error:
-            logger.exception("a model call failed")
+            log_fault(logger, error, "a model call failed")
             for job in jobs_of(group):
                 job.fail(error)
 

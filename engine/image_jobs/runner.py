@@ -12,10 +12,12 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
-from engine.errors import QueueFull, ShuttingDown, StoreError, WorkerDied
-from engine.image_jobs.store import ImageJob, ImageJobStore, Status
-from engine.operations.log_lines import describe_fault
+from engine.errors import ShuttingDown, StoreError, WorkerDied
+from engine.faults import log_fault
+from engine.image_jobs.job import ImageJob, Status
+from engine.image_jobs.store import ImageJobStore
 from engine.requests import MAX_SEED
+from engine.serving.executions import patiently
 from engine.serving.status import failure_of, is_internal
 from protos.oneword.v1.generation_pb2 import GenerateRequest, GenerateResponse, ImageResult, Summary
 
@@ -151,7 +153,7 @@ class ImageJobRunner:
             await self._again(running.job, error)
         except Exception as error:
             if is_internal(error):
-                logger.error("job %s failed: %s", job_id, describe_fault(error))
+                log_fault(logger, error, "job %s failed", job_id)
             failure = failure_of(error, job_id).SerializeToString()
             await self._end(job_id, "failed", failure=failure)
         finally:
@@ -174,7 +176,8 @@ class ImageJobRunner:
         rest.CopyFrom(whole)
         rest.seed = (whole.seed + first) % (MAX_SEED + 1)
         rest.num_images = whole.num_images - first
-        async with aclosing(self._patiently(rest, job)) as responses:
+        responses = patiently(lambda: self._follow(rest, job), max_wait_s=_MAX_WAIT_S)
+        async with aclosing(responses):
             async for response in responses:
                 await self._attend(running, response, whole, first)
 
@@ -202,18 +205,6 @@ class ImageJobRunner:
             case _:
                 return
         self._announce(job_id)
-
-    async def _patiently(
-        self, request: GenerateRequest, job: ImageJob
-    ) -> AsyncGenerator[GenerateResponse]:
-        while True:
-            try:
-                async with aclosing(self._follow(request, job)) as responses:
-                    async for response in responses:
-                        yield response
-                return
-            except QueueFull as full:  # of which nothing was told yet
-                await asyncio.sleep(min(full.retry_after_s, _MAX_WAIT_S))
 
     async def _again(self, job: ImageJob, error: Exception) -> None:
         """Try later, unless that was tried often."""

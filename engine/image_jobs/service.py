@@ -1,14 +1,15 @@
 """The servicer of the jobs: proto in, a call of the store or the runner, proto out."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from engine.errors import InvalidRequest, JobsUnavailable, ShuttingDown
+from engine.image_jobs.job import ImageJob
 from engine.image_jobs.runner import ImageJobRunner
-from engine.image_jobs.store import ImageJob
+from engine.requests import check_request_id
 from engine.security.callers import current_caller
-from engine.serving.executions import check_request_id, digest_of
-from engine.serving.paging import checked_page_size, key_of, page_token
+from engine.serving.executions import digest_of
+from engine.serving.paging import checked_page_size, time_and_name, token_after
 from engine.serving.service import Context, guarded, write_in_time
 from engine.serving.wire import timestamp_to_proto
 from protos.oneword.v1 import generation_pb2 as pb
@@ -32,12 +33,12 @@ class ImageJobService(generation_pb2_grpc.ImageJobServiceServicer):
     def __init__(
         self,
         runner: ImageJobRunner | None,
-        pin: Callable[[pb.GenerateRequest, str], pb.GenerateRequest],
+        pin: Callable[[pb.GenerateRequest, str], Awaitable[pb.GenerateRequest]],
         *,
         max_message_bytes: int,
         stall_timeout_s: float,
     ) -> None:
-        """`pin` checks a request and writes its concepts and defaults into it, off the event loop.
+        """`pin` checks a request and writes its concepts and defaults into it.
 
         Without a runner every call says how to start a server that keeps jobs.
         """
@@ -57,7 +58,7 @@ class ImageJobService(generation_pb2_grpc.ImageJobServiceServicer):
                 runner.store.find_request, asked.request_id, body, tenant=tenant
             )
             if job is None:
-                pinned = await asyncio.to_thread(self._pin, asked, tenant)
+                pinned = await self._pin(asked, tenant)
                 job = await asyncio.to_thread(
                     runner.store.submit,
                     tenant=tenant,
@@ -68,14 +69,14 @@ class ImageJobService(generation_pb2_grpc.ImageJobServiceServicer):
                     priority=asked.priority,
                 )
                 runner.wake()
-            return pb.SubmitJobResponse(job=await self._describe(job))
+            return pb.SubmitJobResponse(job=self._describe(job))
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
         async with guarded(context):
             store = self._runner().store
             tenant = current_caller().tenant
             job = await asyncio.to_thread(store.get, request.job_id, tenant=tenant)
-            response = pb.GetJobResponse(job=await self._describe(job))
+            response = pb.GetJobResponse(job=self._describe(job))
             if job.summary is not None:
                 response.summary.ParseFromString(job.summary)
             if request.with_images:
@@ -97,7 +98,7 @@ class ImageJobService(generation_pb2_grpc.ImageJobServiceServicer):
         async with guarded(context):
             tenant = current_caller().tenant
             job = await self._runner().cancel(request.job_id, tenant=tenant)
-            return pb.CancelJobResponse(job=await self._describe(job))
+            return pb.CancelJobResponse(job=self._describe(job))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
         async with guarded(context):
@@ -106,13 +107,13 @@ class ImageJobService(generation_pb2_grpc.ImageJobServiceServicer):
                 self._runner().store.list,
                 tenant=current_caller().tenant,
                 limit=page_size + 1,
-                before=_list_key(key_of(request.page_token)),
+                before=time_and_name(request.page_token),
             )
             page = found[:page_size]
             more = len(found) > page_size
             return pb.ListJobsResponse(
-                jobs=[await self._describe(job) for job in page],
-                next_page_token=_list_token(page[-1]) if more else "",
+                jobs=[self._describe(job) for job in page],
+                next_page_token=token_after(page[-1].create_time, page[-1].job_id) if more else "",
             )
 
     async def DeleteJob(
@@ -140,7 +141,7 @@ class ImageJobService(generation_pb2_grpc.ImageJobServiceServicer):
             job = await asyncio.to_thread(runner.store.get, request.job_id, tenant=tenant)
             if request.with_images:
                 await self._send_new_images(job, sent, context)
-            described = pb.WatchJobResponse(job=await self._describe(job))
+            described = pb.WatchJobResponse(job=self._describe(job))
             await write_in_time(context, described, self._stall_timeout_s)
             if job.has_ended:
                 return
@@ -169,9 +170,8 @@ class ImageJobService(generation_pb2_grpc.ImageJobServiceServicer):
                 field="with_images",
             )
 
-    async def _describe(self, job: ImageJob) -> pb.Job:
+    def _describe(self, job: ImageJob) -> pb.Job:
         runner = self._runner()
-        indices = await asyncio.to_thread(runner.store.indices, job.job_id)
         done, total = runner.progress(job.job_id)
         ended = None if job.end_time is None else timestamp_to_proto(job.end_time)
         keep_s = runner.store.limits.keep_s
@@ -183,7 +183,7 @@ class ImageJobService(generation_pb2_grpc.ImageJobServiceServicer):
             create_time=timestamp_to_proto(job.create_time),
             start_time=None if job.start_time is None else timestamp_to_proto(job.start_time),
             end_time=ended,
-            num_images_done=len(indices),
+            num_images_done=job.num_images_done,
             failure=None if job.failure is None else pb.Failure.FromString(job.failure),
             expire_time=expires,
             steps_done=done,
@@ -200,20 +200,3 @@ def _without_files(asked: pb.GenerateRequest, seed: int) -> pb.GenerateRequest:
         if reference.HasField("inline"):
             reference.inline.ClearField("content")
     return shown
-
-
-def _list_token(last: ImageJob) -> str:
-    return page_token(f"{last.create_time!r} {last.job_id}")
-
-
-def _list_key(key: str) -> tuple[float, str] | None:
-    if not key:
-        return None
-    create_time, _, job_id = key.partition(" ")
-    try:
-        return float(create_time), job_id
-    except ValueError as error:
-        raise InvalidRequest(
-            "page_token is not one of ListJobs; pass next_page_token on as it is",
-            field="page_token",
-        ) from error

@@ -6,100 +6,17 @@ submitted.
 """
 
 import sqlite3
-import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
-from engine.errors import (
-    ConfigError,
-    InvalidRequest,
-    JobNotEnded,
-    QueueFull,
-    StorageFull,
-    StoreError,
-    UnknownJob,
-    quoted,
-)
-from engine.files import sync_path
+from engine.errors import InvalidRequest, JobNotEnded, QueueFull, UnknownJob, quoted
+from engine.image_jobs.database import JobDatabase
+from engine.image_jobs.job import ImageJob, JobLimits, Status
 
-FILE = "jobs.sqlite3"
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 10.0
-_VACUUM_PAGES = 4096  # given back to the disk at a time
-Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
-ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    job_id TEXT PRIMARY KEY,
-    tenant TEXT NOT NULL,
-    request_id TEXT NOT NULL,
-    body BLOB NOT NULL,
-    shown BLOB NOT NULL,
-    pinned BLOB NOT NULL,
-    priority INTEGER NOT NULL,
-    status TEXT NOT NULL,
-    create_time REAL NOT NULL,
-    start_time REAL,
-    end_time REAL,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    failure BLOB,
-    summary BLOB
-);
-CREATE UNIQUE INDEX IF NOT EXISTS by_request ON jobs (tenant, request_id) WHERE request_id != '';
-CREATE INDEX IF NOT EXISTS by_time ON jobs (tenant, create_time, job_id);
-CREATE INDEX IF NOT EXISTS by_status ON jobs (status);
-CREATE TABLE IF NOT EXISTS images (
-    job_id TEXT NOT NULL REFERENCES jobs (job_id) ON DELETE CASCADE,
-    image_index INTEGER NOT NULL,
-    content BLOB NOT NULL,
-    PRIMARY KEY (job_id, image_index)
-) WITHOUT ROWID;
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobLimits:
-    """What jobs may take up, for each tenant."""
-
-    max_open_jobs: int = 1000  # that have not ended
-    keep_s: float = 24 * 3600.0  # after its end
-    max_kept_bytes: int = 4 << 30  # of images; beyond, the oldest ended jobs are forgotten
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageJob:
-    """A job as it is on disk, without its images."""
-
-    job_id: str
-    tenant: str
-    request_id: str  # of its caller; "" for none
-    body: bytes  # digest of the request
-    shown: bytes  # GenerateRequest without files
-    priority: int
-    status: Status
-    create_time: float  # seconds since the epoch, UTC
-    start_time: float | None
-    end_time: float | None
-    attempts: int  # to carry it out, the present one included
-    failure: bytes | None  # Failure
-    summary: bytes | None  # Summary
-
-    @property
-    def has_ended(self) -> bool:
-        return self.status in ENDED
-
-
-_COLUMNS = ", ".join(ImageJob.__slots__)
+_COUNTED = "(SELECT count(*) FROM images WHERE images.job_id = jobs.job_id) AS num_images_done"
+_COLUMNS = ", ".join(_COUNTED if name == "num_images_done" else name for name in ImageJob.__slots__)
 
 
 class ImageJobStore:
@@ -110,15 +27,10 @@ class ImageJobStore:
     ) -> None:
         self.limits = limits
         self._clock = clock
-        self._lock = threading.RLock()
-        with _store_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._database = _open(folder / FILE)
-            sync_path(folder)
+        self._database = JobDatabase(folder)
 
     def close(self) -> None:
-        with self._lock:
-            self._database.close()
+        self._database.close()
 
     def submit(
         self,
@@ -135,7 +47,7 @@ class ImageJobStore:
         When this returns, the job survives a power cut. Raises `InvalidRequest` for an id that
         names another request, `QueueFull` beyond the limit.
         """
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             if earlier := self._made_by(database, tenant, request_id):
                 _check_same(earlier, body)
                 return earlier
@@ -150,19 +62,19 @@ class ImageJobStore:
 
     def find_request(self, request_id: str, body: bytes, *, tenant: str) -> ImageJob | None:
         """The job that a request with this id has made; raises `InvalidRequest` as `submit`."""
-        with self._reading() as database:
+        with self._database.reading() as database:
             if earlier := self._made_by(database, tenant, request_id):
                 _check_same(earlier, body)
             return earlier
 
     def get(self, job_id: str, *, tenant: str) -> ImageJob:
         """Raises `UnknownJob`, also for that of another tenant."""
-        with self._reading() as database:
+        with self._database.reading() as database:
             return _find(database, job_id, tenant)
 
     def images(self, job_id: str) -> dict[int, bytes]:
         """ImageResult by index, as far as they are done."""
-        with self._reading() as database:
+        with self._database.reading() as database:
             rows = database.execute(
                 "SELECT image_index, content FROM images WHERE job_id = ? ORDER BY image_index",
                 (job_id,),
@@ -171,7 +83,7 @@ class ImageJobStore:
 
     def indices(self, job_id: str) -> set[int]:
         """Which images are done."""
-        with self._reading() as database:
+        with self._database.reading() as database:
             rows = database.execute("SELECT image_index FROM images WHERE job_id = ?", (job_id,))
             return {index for (index,) in rows}
 
@@ -180,7 +92,7 @@ class ImageJobStore:
     ) -> Sequence[ImageJob]:
         """The latest first; those from before a creation time and id."""
         last = before or (float("inf"), "")
-        with self._reading() as database:
+        with self._database.reading() as database:
             rows = database.execute(
                 f"SELECT {_COLUMNS} FROM jobs WHERE tenant = ? AND (create_time, job_id) < (?, ?) "
                 "ORDER BY create_time DESC, job_id DESC LIMIT ?",
@@ -193,7 +105,7 @@ class ImageJobStore:
 
         Of a tenant's jobs the highest priority comes first, then the oldest.
         """
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             tenants = [row[0] for row in database.execute(
                 "SELECT tenant FROM jobs WHERE status = 'queued' GROUP BY tenant "
                 "ORDER BY min(create_time)"
@@ -215,7 +127,7 @@ class ImageJobStore:
 
     def keep_image(self, job_id: str, image_index: int, content: bytes) -> None:
         """Keep an image, unless it is there already."""
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             database.execute(
                 "INSERT OR IGNORE INTO images VALUES (?, ?, ?)", (job_id, image_index, content)
             )
@@ -229,7 +141,7 @@ class ImageJobStore:
         summary: bytes | None = None,
     ) -> None:
         """The last change of a job; nothing for one that has ended."""
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             database.execute(
                 "UPDATE jobs SET status = ?, end_time = ?, failure = ?, summary = ?, pinned = x'' "
                 "WHERE job_id = ? AND end_time IS NULL",
@@ -238,7 +150,7 @@ class ImageJobStore:
 
     def cancel(self, job_id: str, *, tenant: str) -> ImageJob:
         """One that waits ends now, one that runs is told to; one that has ended stays as it is."""
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             job = _find(database, job_id, tenant)
             if job.status == "queued":
                 database.execute(
@@ -257,7 +169,7 @@ class ImageJobStore:
 
         One that was told to stop meanwhile has stopped.
         """
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             database.execute(
                 "UPDATE jobs SET status = 'queued', attempts = attempts - ? "
                 "WHERE job_id = ? AND status = 'running'",
@@ -271,7 +183,7 @@ class ImageJobStore:
 
     def recover(self) -> int:
         """Take up what a server left: what ran is queued, what was told to stop has stopped."""
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             database.execute(
                 "UPDATE jobs SET status = 'cancelled', end_time = ?, pinned = x'' "
                 "WHERE status = 'cancelling'",
@@ -283,13 +195,13 @@ class ImageJobStore:
 
     def delete(self, job_id: str, *, tenant: str) -> None:
         """Forget a job that has ended; raises `UnknownJob`, or `JobNotEnded`."""
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             _check_ended(_find(database, job_id, tenant))
             database.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
 
     def forget_old(self) -> int:
         """Forget jobs that ended long ago, and for tenants with too many images the oldest."""
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             count = database.execute(
                 "DELETE FROM jobs WHERE end_time < ?", (self._clock() - self.limits.keep_s,)
             ).rowcount
@@ -305,8 +217,7 @@ class ImageJobStore:
                     database.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
                     count += 1
         if count:
-            with self._reading() as database:
-                database.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+            self._database.shrink()
         return count
 
     def _check_room(self, database: sqlite3.Connection, tenant: str) -> None:
@@ -328,51 +239,6 @@ class ImageJobStore:
             f"SELECT {_COLUMNS} FROM jobs WHERE tenant = ? AND request_id = ?", (tenant, request_id)
         ).fetchone()
         return row and _job(row)
-
-    @contextmanager
-    def _reading(self) -> Generator[sqlite3.Connection]:
-        with self._lock, _store_errors():
-            yield self._database
-
-    @contextmanager
-    def _transaction(self) -> Generator[sqlite3.Connection]:
-        with self._lock, _store_errors():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._database
-                self._database.execute("COMMIT")
-            except BaseException:
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
-                raise
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-    )
-    try:
-        ((version, num_tables),) = database.execute(
-            "SELECT user_version, (SELECT count(*) FROM sqlite_master) FROM pragma_user_version"
-        )
-        if version not in (0, SCHEMA_VERSION) or (version == 0 and num_tables):
-            raise ConfigError(
-                f"{path} is no database of jobs that this version reads (schema {version}, wanted "
-                f"{SCHEMA_VERSION}); use the version that wrote it, or another folder"
-            )
-        # One server alone: two would carry out the same jobs.
-        database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        database.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")  # an accepted job survives a power cut
-        database.execute("PRAGMA foreign_keys = ON")
-        database.executescript(
-            f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-        )
-    except BaseException:
-        database.close()
-        raise
-    return database
 
 
 def _job(row: sqlite3.Row | tuple[object, ...]) -> ImageJob:
@@ -406,16 +272,3 @@ def _check_ended(job: ImageJob) -> None:
         raise JobNotEnded(
             f"job {job.job_id} is {job.status}; cancel it, and delete it when it has ended"
         )
-
-
-@contextmanager
-def _store_errors() -> Generator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-        kind = StorageFull if full else StoreError
-        raise kind(
-            f"the jobs cannot be read or written now: {reason}; try again, or see to the disk"
-        ) from error

@@ -1,9 +1,7 @@
-"""Logs that nobody can forge, and that keep to themselves what callers wrote."""
+"""Log lines that nobody can forge."""
 
 import copy
 import logging
-import traceback
-from types import TracebackType
 from typing import Any
 
 from engine.printing import escaped
@@ -31,23 +29,3 @@ class LineFormatter(logging.Formatter):
 
 def _marked(text: str) -> str:
     return "\n".join(_CONTINUED + escaped(line) for line in text.splitlines())
-
-
-def describe_fault(error: BaseException) -> str:
-    """What went wrong and where, without the words of the exceptions.
-
-    Those may hold what a caller wrote: a prompt, say. They are for the level DEBUG.
-    """
-    kinds: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None and len(kinds) < 8:
-        kinds.append(f"{type(cause).__name__} at {_place(cause.__traceback__)}")
-        cause = cause.__cause__ or cause.__context__
-    return ", from ".join(kinds)
-
-
-def _place(trace: TracebackType | None, most: int = 4) -> str:
-    """The innermost calls, the last one first."""
-    frames = traceback.extract_tb(trace)[-most:]
-    places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(frames)]
-    return " < ".join(places) or "an unknown place"

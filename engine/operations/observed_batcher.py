@@ -29,10 +29,10 @@ from engine.errors import (
     QueueFull,
     ShuttingDown,
 )
+from engine.faults import log_fault
 from engine.operations.calls import Call, current_call
 from engine.operations.metrics import Metrics
-from engine.pipeline import GenerationPlan
-from engine.security.callers import current_caller
+from engine.planner import GenerationPlan
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +113,8 @@ class Observation:
         for watched in running:
             try:
                 watched.tell(Failed(error=error))
-            except Exception:  # of one listener: the others must be told
-                logger.exception("a listener failed while its request was abandoned")
+            except Exception as fault:  # of one listener: the others must be told
+                log_fault(logger, fault, "a listener failed while its request was abandoned")
         return len(running)
 
     def watch(
@@ -193,7 +193,7 @@ class ObservedModel:
         return images
 
     def step(self, images: Sequence[Any]) -> None:
-        rows = sum(_rows(image) for image in images)
+        rows = sum(image.rows for image in images)
         started = time.perf_counter()
         self._model.step(images)
         metrics = self._observation.metrics
@@ -216,10 +216,6 @@ class ObservedModel:
         return self._model.wait_ready(timeout_s)
 
 
-def _rows(image: Any) -> int:
-    return image.rows if hasattr(image, "rows") else len(image.weights)
-
-
 class ObservedBatcher(Batcher):
     """The batcher of a server."""
 
@@ -238,8 +234,7 @@ class ObservedBatcher(Batcher):
     def submit(
         self, plan: GenerationPlan, on_event: Callable[[Event], None], **options: Any
     ) -> Job:
-        tenant = options.get("tenant") or current_caller().tenant
-        watched = self._observation.watch(plan, on_event, tenant)
+        watched = self._observation.watch(plan, on_event, options["tenant"])
         try:
             return super().submit(plan, watched.tell, **options)
         except Exception as error:

@@ -5,8 +5,9 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
-from engine.errors import InvalidRequest, QueueFull
-from engine.operations.log_lines import describe_fault
+from engine.errors import InvalidRequest
+from engine.faults import log_fault
+from engine.serving.executions import patiently
 from engine.serving.status import failure_of, is_internal
 from protos.oneword.v1.generation_pb2 import (
     GenerateBatchRequest,
@@ -70,23 +71,11 @@ async def _events(
 ) -> AsyncGenerator[GenerateBatchResponse]:
     name = f"{server_id}-{index}"
     try:
-        async with aclosing(_patiently(lambda: follow(request, name))) as responses:
+        responses = patiently(lambda: follow(request, name), max_wait_s=_MAX_WAIT_S)
+        async with aclosing(responses):
             async for response in responses:
                 yield GenerateBatchResponse(index=index, response=response)
     except Exception as error:
         if is_internal(error):
-            logger.error("request %s failed: %s", name, describe_fault(error))
+            log_fault(logger, error, "request %s failed", name)
         yield GenerateBatchResponse(index=index, failure=failure_of(error, name))
-
-
-async def _patiently(
-    begin: Callable[[], AsyncGenerator[GenerateResponse]],
-) -> AsyncGenerator[GenerateResponse]:
-    while True:
-        try:
-            async with aclosing(begin()) as responses:
-                async for response in responses:
-                    yield response
-            return
-        except QueueFull as full:  # of which nothing was told yet
-            await asyncio.sleep(min(full.retry_after_s, _MAX_WAIT_S))

@@ -11,15 +11,15 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from engine.batching.batcher import Failed, Finished, ImageDone, StepDone
-from engine.errors import InvalidRequest, quoted
+from engine.errors import InvalidRequest, QueueFull, quoted
+from engine.requests import check_request_id
 from engine.serving.streams import EventStream
 from protos.oneword.v1.generation_pb2 import GenerateRequest, GenerateResponse
 
-MAX_REQUEST_ID_CHARACTERS = 64
 MAX_WAITING_PROGRESS = 32
 
 
@@ -271,15 +271,21 @@ async def _forward(execution: Execution, events: EventStream, started: Started) 
             return
 
 
-def check_request_id(request_id: str) -> None:
-    """Raise `InvalidRequest` for what is no id; the empty one means that there is none."""
-    printable = request_id.isascii() and request_id.isprintable()
-    if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not printable:
-        raise InvalidRequest(
-            f"request_id must have at most {MAX_REQUEST_ID_CHARACTERS} characters of printable "
-            f"ASCII, got {quoted(request_id)}; a UUID will do",
-            field="request_id",
-        )
+async def patiently(
+    begin: Callable[[], AsyncGenerator[GenerateResponse]], *, max_wait_s: float
+) -> AsyncGenerator[GenerateResponse]:
+    """What `begin` tells, begun again for as long as the queue has no room for it.
+
+    It waits as long as the queue says, at most `max_wait_s` at a time.
+    """
+    while True:
+        try:
+            async with aclosing(begin()) as responses:
+                async for response in responses:
+                    yield response
+            return
+        except QueueFull as full:  # of which nothing was told yet
+            await asyncio.sleep(min(full.retry_after_s, max_wait_s))
 
 
 def digest_of(request: GenerateRequest) -> bytes:

@@ -7,9 +7,9 @@ from functools import partial
 
 from engine.batching.batcher import Finished, ImageDone, StepDone
 from engine.concepts import MAX_FILE_BYTES
-from engine.errors import InvalidRequest
-from engine.image_jobs.store import ImageJob
+from engine.image_jobs.job import ImageJob
 from engine.planner import Planner
+from engine.requests import check_priority
 from engine.serving import wire
 from engine.serving.executions import Execution, Executions, Memory, Started, seed_of
 from engine.serving.runtime import Runtime
@@ -20,8 +20,6 @@ from protos.oneword.v1.generation_pb2 import (
     GenerateResponse,
 )
 
-MAX_PRIORITY = 9
-
 
 class Generation:
     """The requests of all callers, whichever call they came with."""
@@ -31,39 +29,42 @@ class Generation:
         self.executions = Executions(self._start, memory=memory)
 
     async def follow(
-        self, request: GenerateRequest, server_id: str, *, tenant: str, deadline: float | None
+        self,
+        request: GenerateRequest,
+        server_id: str,
+        *,
+        tenant: str,
+        deadline: float | None,
+        of_job: bool = False,
     ) -> AsyncGenerator[GenerateResponse]:
         """The events of a request, to its end; leaving stops it, unless others follow it too.
 
         `server_id` is what the server calls the request, `deadline` a `time.monotonic()` value.
         """
         async with self.executions.reading(
-            request, tenant=tenant, server_id=server_id, deadline=deadline
+            request, tenant=tenant, server_id=server_id, deadline=deadline, of_job=of_job
         ) as reader:
             async for response in reader:
                 yield response
 
-    async def follow_job(
+    def follow_job(
         self, request: GenerateRequest, job: ImageJob
     ) -> AsyncGenerator[GenerateResponse]:
         """The events of what is left of a job."""
         unnamed = GenerateRequest()
         unnamed.CopyFrom(request)
         unnamed.ClearField("request_id")
-        async with self.executions.reading(
-            unnamed, tenant=job.tenant, server_id=job.job_id, deadline=None, of_job=True
-        ) as reader:
-            async for response in reader:
-                yield response
+        return self.follow(unnamed, job.job_id, tenant=job.tenant, deadline=None, of_job=True)
 
-    def pin(self, request: GenerateRequest, tenant: str) -> GenerateRequest:
-        """Check a request as if it were carried out now, and write into it what it stands for.
-
-        Host work: not on the event loop.
-        """
+    async def pin(self, request: GenerateRequest, tenant: str) -> GenerateRequest:
+        """Check a request as if it were carried out now, and write into it what it stands for."""
         planner = self._runtime.deployment.current.planner
-        replies = self._prepare(request, tenant, planner, False)
-        return wire.pinned(request, replies.plan.request)
+
+        def check_and_write() -> GenerateRequest:
+            replies = self._prepare(request, tenant, planner, False)
+            return wire.pinned(request, replies.plan.request)
+
+        return await self._runtime.in_pool(check_and_write)
 
     @asynccontextmanager
     async def _start(
@@ -92,7 +93,7 @@ class Generation:
     def _prepare(
         self, request: GenerateRequest, tenant: str, planner: Planner, trusted: bool
     ) -> wire.Replies:
-        _check_priority(request.priority)
+        check_priority(request.priority)
         limits = planner.limits
         if trusted:  # a stored concept may be larger than one that is sent along
             limits = dataclasses.replace(limits, max_inline_concept_bytes=2 * MAX_FILE_BYTES)
@@ -136,10 +137,3 @@ def collect(answer: GenerateImagesResponse, response: GenerateResponse) -> None:
             answer.summary.CopyFrom(response.summary)
         case _:
             pass
-
-
-def _check_priority(priority: int) -> None:
-    if priority > MAX_PRIORITY:
-        raise InvalidRequest(
-            f"priority must be between 0 and {MAX_PRIORITY}, got {priority}", field="priority"
-        )

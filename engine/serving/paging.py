@@ -28,7 +28,27 @@ def key_of(token: str) -> str:
     try:
         return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError) as error:
-        raise InvalidRequest(
-            "page_token is not one of this server's; pass next_page_token on as it is",
-            field="page_token",
-        ) from error
+        raise _not_ours() from error
+
+
+def token_after(time_s: float, name: str) -> str:
+    """The token of the page behind an item of a list by time, then name."""
+    return page_token(f"{time_s!r} {name}")
+
+
+def time_and_name(token: str) -> tuple[float, str] | None:
+    """What is in such a token, None for an empty one; raises `InvalidRequest` as `key_of`."""
+    key = key_of(token)
+    if not key:
+        return None
+    time_s, _, name = key.partition(" ")
+    try:
+        return float(time_s), name
+    except ValueError as error:
+        raise _not_ours() from error
+
+
+def _not_ours() -> InvalidRequest:
+    return InvalidRequest(
+        "page_token is not one of this list; pass next_page_token on as it is", field="page_token"
+    )

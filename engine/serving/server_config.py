@@ -6,7 +6,7 @@ from pathlib import Path
 from engine.batching.config import BatcherConfig
 from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
 from engine.errors import ConfigError
-from engine.image_jobs.store import JobLimits
+from engine.image_jobs.job import JobLimits
 from engine.operations.config import OperationsConfig
 from engine.requests import Limits
 from engine.security.config import SecurityConfig, check_listen

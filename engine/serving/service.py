@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc.aio
 from google.protobuf.message import Message
 
-from engine.errors import Cancelled, ShuttingDown
-from engine.image_jobs.store import JobLimits
+from engine.errors import Cancelled
+from engine.faults import log_fault
+from engine.image_jobs.job import JobLimits
 from engine.operations.calls import current_request_id
 from engine.operations.load_wire import load_to_proto
-from engine.operations.log_lines import describe_fault
 from engine.operations.operations import Operations
 from engine.prompt_syntax import MAX_PROMPT_CHARACTERS
+from engine.requests import MAX_PRIORITY, MAX_REQUEST_ID_CHARACTERS
 from engine.samplers import MAX_INFERENCE_STEPS
 from engine.security.callers import current_caller
 from engine.serving.batch_calls import MAX_BATCH_REQUESTS, Follow, answer_batch, check_batch
-from engine.serving.executions import MAX_REQUEST_ID_CHARACTERS
-from engine.serving.generation import MAX_PRIORITY, Generation, collect
+from engine.serving.generation import Generation, collect
 from engine.serving.runtime import Runtime
 from engine.serving.status import is_internal, status_of
 from engine.training.config import TrainingConfig
@@ -58,8 +58,7 @@ async def guarded(context: Context) -> AsyncGenerator[str]:
         yield request_id
     except Exception as error:
         if is_internal(error):
-            logger.error("request %s failed: %s", request_id, describe_fault(error))
-            logger.debug("request %s failed", request_id, exc_info=error)
+            log_fault(logger, error, "request %s failed", request_id)
         status = status_of(error, request_id)
         await context.abort(status.code, status.details or "", status.trailing_metadata or ())
 
@@ -81,7 +80,6 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
     def __init__(self, runtime: Runtime, generation: Generation) -> None:
         self._runtime = runtime
         self._generation = generation
-        self._draining = False
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -119,8 +117,7 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
             )
 
     async def drain(self, grace_s: float) -> None:
-        """Take no new requests and wait for those under way, at most `grace_s`."""
-        self._draining = True
+        """Wait for the requests under way, at most `grace_s`; new ones are refused before here."""
         try:
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()
@@ -144,8 +141,6 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
 
     @contextmanager
     def _counted(self) -> Generator[None]:
-        if self._draining:
-            raise ShuttingDown("the server is shutting down; send the request to another one")
         self._active += 1
         self._idle.clear()
         try:

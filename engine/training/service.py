@@ -6,10 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from engine.concepts import check_fits, concept_from_bytes, read_concept_file
-from engine.errors import InvalidRequest, ShuttingDown, TrainingUnavailable
+from engine.errors import ShuttingDown, TrainingUnavailable
 from engine.planner import Planner
 from engine.security.callers import current_caller
-from engine.serving.paging import checked_page_size, key_of, page_token
+from engine.serving.paging import checked_page_size, time_and_name, token_after
 from engine.serving.runtime import Runtime
 from engine.serving.service import Context, guarded, write_in_time
 from engine.store.concept_store import ConceptStore
@@ -104,13 +104,13 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.ListTrainingsResponse:
         async with guarded(context):
             page_size = checked_page_size(request.page_size)
-            before = _list_key(key_of(request.page_token))
+            before = time_and_name(request.page_token)
             jobs = sorted(self._learner().jobs_of(current_caller().tenant), key=_key, reverse=True)
             found = [job for job in jobs if before is None or _key(job) < before]
             page = found[:page_size]
             return training_pb2.ListTrainingsResponse(
                 trainings=[self._describe(job) for job in page],
-                next_page_token=_list_token(page[-1]) if len(found) > page_size else "",
+                next_page_token=token_after(*_key(page[-1])) if len(found) > page_size else "",
             )
 
     async def DeleteTraining(
@@ -180,21 +180,3 @@ def _read_if_there(path: Path) -> bytes:
 
 def _key(job: Job) -> tuple[float, str]:
     return job.record.create_time, job.training_id
-
-
-def _list_token(last: Job) -> str:
-    create_time, training_id = _key(last)
-    return page_token(f"{create_time!r} {training_id}")
-
-
-def _list_key(key: str) -> tuple[float, str] | None:
-    if not key:
-        return None
-    create_time, _, training_id = key.partition(" ")
-    try:
-        return float(create_time), training_id
-    except ValueError as error:
-        raise InvalidRequest(
-            "page_token is not one of ListTrainings; pass next_page_token on as it is",
-            field="page_token",
-        ) from error

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.concepts import check_placeholder_token
-from engine.errors import ConfigError, InvalidRequest, quoted
+from engine.errors import ConfigError, InvalidRequest
+from engine.requests import check_request_id
 from engine.training.options import MAX_STEPS_BETWEEN, check_options
 
-MAX_REQUEST_ID_CHARACTERS = 64
 MAX_FILE_NAME_CHARACTERS = 255
 MAX_IMAGE_PIXELS = 64 * 1024 * 1024  # below what Pillow calls a decompression bomb
 MAX_CAPTIONS_BYTES = 64 << 10  # of one image: what the trainer reads
@@ -47,20 +47,10 @@ def check_spec(spec: TrainingSpec, limits: TrainingLimits) -> None:
     """Raise `InvalidRequest`, naming the field, for what cannot be learned."""
     check_placeholder_token(spec.placeholder_token)
     check_options(spec.options, max_steps=limits.max_steps, max_batch_size=limits.max_batch_size)
-    _check_request_id(spec.request_id)
+    check_request_id(spec.request_id)
     if not 0 <= spec.preview_every_steps <= MAX_STEPS_BETWEEN:
         raise InvalidRequest(
             f"preview_every_steps must be between 0 and {MAX_STEPS_BETWEEN}, "
             f"got {spec.preview_every_steps}",
             field="preview_every_steps",
-        )
-
-
-def _check_request_id(request_id: str) -> None:
-    printable = request_id.isascii() and request_id.isprintable()
-    if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not printable:
-        raise InvalidRequest(
-            f"request_id must have at most {MAX_REQUEST_ID_CHARACTERS} characters of printable "
-            f"ASCII, got {quoted(request_id)}; a UUID will do",
-            field="request_id",
         )
