@@ -273,8 +273,6 @@ def test_gradient_that_stays_zero_is_an_error(
         ("learnable_property", "colour"),
         ("optimizer", "sgd"),
         ("stop", "never"),
-        ("timestep_focus", 1.5),
-        ("timestep_focus", math.nan),
         ("initializer_candidates", ("x",) * 513),
     ],
 )
@@ -287,7 +285,6 @@ def test_options_out_of_range_are_refused_by_name(name: str, value: Any) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"antithetic": True, "batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"initializer_candidates": ("cat",)}, "initializer_token must be 'auto', got None"),
         ({"stop": "dvar", "stop_window": 1}, "window must hold at least 2 evaluations, got 1"),
         ({"stop": "dvar", "stop_threshold": 1.0}, "threshold must be .* below 1, got 1.0"),

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 
 from tests import learning_setup
@@ -29,7 +28,6 @@ from trainer.run import LearnState
 from trainer.splicing import TemplatePrompts
 from trainer.stopping import DeterministicVariance
 from trainer.templates import OBJECT_TEMPLATES
-from trainer.timesteps import FOCUS_DEVIATION, FOCUS_MEAN, focused_cdf, stratified_timesteps
 
 # Fixtures.
 model_path, model, images = learning_setup.model_path, learning_setup.model, learning_setup.images
@@ -196,66 +194,13 @@ def test_a_caption_that_leaves_no_room_is_refused_by_name(
 # --- timesteps and noise ---
 
 
-@pytest.mark.parametrize("focus", [0.0, 0.3, 1.0])
-def test_timesteps_are_distributed_as_the_mixture(focus: float) -> None:
-    edges = focused_cdf(1000, focus).numpy()
-    uniform = np.arange(1001) / 1000
-    with np.errstate(divide="ignore"):
-        logits = np.log(uniform) - np.log1p(-uniform)
-    expected = (1 - focus) * uniform + focus * stats.norm.cdf(
-        logits, loc=FOCUS_MEAN, scale=FOCUS_DEVIATION
-    )
-    np.testing.assert_allclose(edges, expected, rtol=0, atol=1e-12)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.cat([stratified_timesteps(8, 1000, generator, focus=focus) for _ in range(2500)])
-    assert 0 <= int(drawn.min()) and int(drawn.max()) <= 999
-    counts = torch.bincount(drawn // 100, minlength=10).numpy()
-    wanted = 20_000 * np.diff(edges[::100])
-    # Stratified draws vary less than independent ones: six of their deviations.
-    assert (np.abs(counts - wanted) < 6 * np.sqrt(wanted + 1)).all()
-
-
-def test_focused_timesteps_have_one_in_each_equally_likely_part() -> None:
-    edges = focused_cdf(1000, 0.5)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        timesteps = stratified_timesteps(8, 1000, generator, focus=0.5)
-        # A timestep that lies across the border of two parts belongs to either.
-        low, high = edges[timesteps].sort().values, edges[timesteps + 1].sort().values
-        assert (low < (torch.arange(8) + 1) / 8).all() and (high > torch.arange(8) / 8).all()
-
-
 def test_evaluation_is_the_same_whatever_is_drawn_for_training(
     model: DiffusionModel, images: TrainingImages
 ) -> None:
-    options = {"timestep_focus": 0.5, "antithetic": True, "batch_size": 4}
+    options = {"stop": "dvar", "batch_size": 4}
     assert _states(model, images)[1][0].evaluation_loss == pytest.approx(
         _states(model, images, **options)[1][0].evaluation_loss, rel=1e-6
     )  # in batches of another size
-
-
-@pytest.mark.parametrize("size", [4, 5])
-def test_antithetic_samples_are_pairs_of_opposite_noise(
-    model: DiffusionModel, images: TrainingImages, size: int
-) -> None:
-    objective = dataclasses.replace(objective_of(model, images), antithetic=True)
-    batch = objective.draw(size, torch.Generator().manual_seed(0))
-    assert len(batch) == size
-    half = -(-size // 2)
-    pairs = size - half
-    for name in ("latents", "timesteps", "templates", "weights"):
-        tensor = getattr(batch, name)
-        assert torch.equal(tensor[half:], tensor[:pairs])
-    assert torch.equal(batch.noise[half:], -batch.noise[:pairs])
-    assert len(batch.noise[:half].unique(dim=0)) == half
-
-
-def test_antithetic_noise_is_normal(model: DiffusionModel, images: TrainingImages) -> None:
-    objective = dataclasses.replace(objective_of(model, images), antithetic=True)
-    noise = objective.draw(400, torch.Generator().manual_seed(0)).noise
-    assert noise.mean().abs() < 1e-6  # pairs cancel
-    # 51,200 independent normal numbers: the deviation of their variance is 0.006.
-    assert float((noise**2).mean()) == pytest.approx(1.0, abs=0.04)
 
 
 # --- how vectors move ---
@@ -340,8 +285,6 @@ def test_a_resumed_run_is_the_same_bit_for_bit_with_every_option(
         images,
         optimizer=optimizer,
         stop="dvar",
-        timestep_focus=0.5,
-        antithetic=True,
         initializer_token="auto",
         initializer_candidates=("cat", "dog"),
     )

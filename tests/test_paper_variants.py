@@ -346,18 +346,6 @@ def test_a_quarter_of_the_samples_has_both(model: DiffusionModel, images: Traini
     assert sum(map(len, parts)) == 4000
 
 
-def test_antithetic_pairs_have_the_same_sentence(
-    model: DiffusionModel, images: TrainingImages
-) -> None:
-    parts = _per_image(model, images, antithetic=True).draw(
-        40, torch.Generator().manual_seed(0), num_vectors=4
-    )
-    for part in parts:
-        half = len(part) // 2
-        assert len(part) == 2 * half
-        assert torch.equal(part.batch.noise[half:], -part.batch.noise[:half])
-
-
 def test_images_own_vectors_are_dropped_from_the_result(
     model: DiffusionModel, images: TrainingImages
 ) -> None:

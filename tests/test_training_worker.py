@@ -123,8 +123,6 @@ async def test_masks_captions_and_options_reach_the_trainer(
         "stop": "dvar",
         "stop_window": 2,
         "stop_threshold": 0.9,
-        "timestep_focus": 0.5,
-        "antithetic": True,
         "learnable_property": "style",
         "initializer_token": "auto",
         "initializer_candidates": ("a", "of"),
@@ -153,7 +151,7 @@ async def test_masks_captions_and_options_reach_the_trainer(
         _, loss = learned_here(model_path, tmp_path / f"only {name}", only, **options)
         assert loss != ended.progress.initial_evaluation_loss
     metadata = served.store.find_by_token("<cat>").metadata
-    told = {"optimizer": "dti", "stop": "dvar", "antithetic": "True", "timestep_focus": "0.5"}
+    told = {"optimizer": "dti", "stop": "dvar"}
     assert told.items() <= metadata.items()
     assert json.loads(metadata["initializer_candidates"]) == ["a", "of"]
 
@@ -447,8 +445,7 @@ def test_what_the_server_takes_the_trainer_takes() -> None:
         {"learning_rate": 1.0, "initializer_token": "a cat"},
         {"stop": "dvar", "stop_window": 2, "stop_threshold": float(np.nextafter(0.0, 1.0))},
         {"stop_window": MAX_STOP_WINDOW, "stop_threshold": float(np.nextafter(1.0, 0.0))},
-        {"timestep_focus": 0.0, "antithetic": True, "batch_size": 2},
-        {"timestep_focus": 1.0, "antithetic": True, "eval_every": MAX_STEPS_BETWEEN},
+        {"eval_every": MAX_STEPS_BETWEEN},
         {"initializer_token": AUTO, "initializer_candidates": ("x",) * MAX_CANDIDATES},
         {"regularization": 0.0, "per_image_tokens": True},
         {"progressive": True, "num_vectors": 2},
@@ -479,7 +476,7 @@ def test_every_option_of_learning_can_be_asked_for() -> None:
     "options",
     [
         {},
-        {"steps": 3, "seed": 2**63 - 1, "learning_rate": 0.1, "antithetic": False},
+        {"steps": 3, "seed": 2**63 - 1, "learning_rate": 0.1, "progressive": False},
         {"optimizer": "dti", "stop": "dvar", "learnable_property": "style"},
         {"regularization": 0.5, "progressive": True, "num_vectors": 2, "per_image_tokens": False},
         {"initializer_token": "auto", "initializer_candidates": ("a", "b c")},

@@ -199,8 +199,6 @@ class JointImages:
             LatentDistribution.encode(model, together.pixels),
             TemplatePrompts.lay_out(model, sentences, *counts),
             masks=together.masks,
-            focus=options.timestep_focus,
-            antithetic=options.antithetic,
         )
         every = torch.arange(sum(counts))
         sources = (*own, of_all)

@@ -59,13 +59,11 @@ def add_learn_options(parser: argparse.ArgumentParser) -> None:
         ("eval-every", int, "steps between two evaluations on fixed noise"),
         ("stop-window", int, "evaluations that must have settled for --stop dvar"),
         ("stop-threshold", float, "of their variance, relative to that of all evaluations"),
-        ("timestep-focus", float, "share of the timesteps that is biased to noise"),
     ):
         default = getattr(_DEFAULTS, name.replace("-", "_"))
         metavar = "N" if type_ is int else "X"
         options.add_argument(f"--{name}", type=type_, metavar=metavar, help=f"{what} ({default})")
     for name, what in (
-        ("antithetic", "samples in pairs of opposite noise"),
         ("progressive", "let the vectors join one after another, at equal parts of the run"),
         ("per-image-tokens", "a vector of its own for each image, dropped at the end"),
         ("cross-initialization", "start at the text encoder's output for the initializer"),

@@ -117,8 +117,6 @@ def objective_of(
         TemplatePrompts.lay_out(model, prompts.texts, num_vectors),
         choices=prompts.choices,
         masks=images.masks,
-        focus=options.timestep_focus,
-        antithetic=options.antithetic,
     )
 
 

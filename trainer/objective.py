@@ -1,7 +1,7 @@
 """What is minimised: the denoiser's error on the training images, as a function of the vectors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
@@ -49,14 +49,6 @@ class Batch:
         """The same samples in batches of at most `size`."""
         return [self.take(rows) for rows in torch.arange(len(self)).split(size)]
 
-    def mirrored(self, size: int) -> "Batch":
-        """The first `size` of these samples, followed by the same with the opposite noise.
-
-        Pairs of opposite noise are antithetic variates: what is odd in the noise cancels.
-        """
-        both = Batch.joined([self, replace(self, noise=-self.noise)])
-        return both.take(torch.arange(size))
-
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
@@ -87,8 +79,6 @@ class Objective:
     weights: Float32[Tensor, "images 1 height width"]  # of the errors, mean 1 for each image
     prompts: TemplatePrompts
     choices: tuple[range, ...]  # for each image: the prompts that it may have
-    focus: float = 0.0  # share of training timesteps that are biased to noise
-    antithetic: bool = False  # whether training samples come in pairs of opposite noise
 
     @classmethod
     def of(
@@ -99,8 +89,6 @@ class Objective:
         *,
         choices: Sequence[range] = (),
         masks: Float32[Tensor, "images 1 pixels_high pixels_wide"] | None = None,
-        focus: float = 0.0,
-        antithetic: bool = False,
     ) -> Self:
         """Without `choices` any image may have any prompt, without `masks` all of it counts."""
         return cls(
@@ -114,8 +102,6 @@ class Objective:
             weights=error_weights(masks, latents.mean),
             prompts=prompts.to(model.unet.device),
             choices=tuple(choices) or (range(len(prompts)),) * len(latents),
-            focus=focus,
-            antithetic=antithetic,
         )
 
     @property
@@ -128,12 +114,10 @@ class Objective:
 
         Drawn on the CPU, so that a seed means the same on every device.
         """
-        size = -(-batch_size // 2) if self.antithetic else batch_size
-        images = _balanced(len(self.latents), size, generator)
+        images = _balanced(len(self.latents), batch_size, generator)
         mean, std = self.latents.mean[images], self.latents.std[images]
         sampled = mean + std * torch.randn(mean.shape, generator=generator)
-        batch = self._batch(images, sampled, generator, focus=self.focus)
-        return batch.mirrored(batch_size) if self.antithetic else batch
+        return self._batch(images, sampled, generator)
 
     def draw_evaluation(self, batch_size: int) -> Batch:
         """The fixed batch: the same for every step, run and seed on the same images.
@@ -142,21 +126,19 @@ class Objective:
         """
         generator = torch.Generator().manual_seed(_EVALUATION_SEED)
         images = torch.arange(max(batch_size, len(self.latents))) % len(self.latents)
-        return self._batch(images, self.latents.mean[images], generator, focus=0.0)
+        return self._batch(images, self.latents.mean[images], generator)
 
     def _batch(
         self,
         images: Int64[Tensor, " batch"],
         latents: Float32[Tensor, "batch channels height width"],
         generator: torch.Generator,
-        *,
-        focus: float,
     ) -> Batch:
         timesteps = self.schedule.num_train_timesteps
         return Batch(
             latents=latents,
             noise=torch.randn(latents.shape, generator=generator),
-            timesteps=stratified_timesteps(len(images), timesteps, generator, focus=focus),
+            timesteps=stratified_timesteps(len(images), timesteps, generator),
             templates=draw_prompts(self.choices, images, generator),
             weights=self.weights[images],
             images=images,

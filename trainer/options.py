@@ -53,8 +53,6 @@ class LearnOptions:
     stop: StopRule = "steps"  # dvar: as soon as the evaluation loss has settled
     stop_window: int = 6  # evaluations that must have settled
     stop_threshold: float = 0.15  # of their variance, relative to that of all evaluations
-    timestep_focus: float = 0.0  # share of the timesteps that is biased to noise
-    antithetic: bool = False  # samples in pairs of opposite noise
     progressive: bool = False  # vectors join one after another, at equal parts of the run
     per_image_tokens: bool = False  # a vector of its own for each image, dropped at the end
 
@@ -72,12 +70,6 @@ class LearnOptions:
             )
         if not 0 <= self.seed < 2**63:
             raise LearningError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
-        if not 0.0 <= self.timestep_focus <= 1.0:
-            raise LearningError(
-                f"timestep_focus must be between 0 and 1, got {self.timestep_focus}"
-            )
-        if self.antithetic and self.batch_size < 2:
-            raise LearningError("antithetic needs pairs: batch_size must be at least 2, got 1")
         if not 0.0 <= self.pull < math.inf:
             raise LearningError(
                 f"regularization must be finite and at least 0, got {self.regularization}"

@@ -70,7 +70,5 @@ class PerImageTokens:
         return torch.cat([shared, self.word.num_slots + images[:, None]], dim=1)
 
     def _with_own(self, batch_size: int, generator: torch.Generator) -> Bool[Tensor, " batch"]:
-        """Which samples have the sentence with both; antithetic pairs have the same one."""
-        size = -(-batch_size // 2) if self.word.antithetic else batch_size
-        drawn = torch.rand(size, generator=generator) < OWN_SHARE
-        return torch.cat([drawn, drawn])[:batch_size]
+        """Which samples have the sentence with both."""
+        return torch.rand(batch_size, generator=generator) < OWN_SHARE

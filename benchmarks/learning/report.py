@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.learning.measure import Measured, as_json, from_json
-from benchmarks.learning.settings import PEER, SETTINGS
+from benchmarks.learning.settings import PEER, REMOVED, SETTINGS
 from benchmarks.peers import ROOT
 from benchmarks.run import machine
 from engine.files import write_atomically
@@ -65,11 +65,11 @@ def page(results: Sequence[Measured]) -> str:
             "",
             "## Beside diffusers' script",
             "",
-            *_table(results, [PEER, *SETTINGS], beside=PEER),
+            *_table(results, [PEER, *SETTINGS, *REMOVED], beside=PEER),
             "",
             "## Ablation",
             "",
-            *_table(results, list(SETTINGS), beside=next(iter(SETTINGS))),
+            *_table(results, [*SETTINGS, *REMOVED], beside=next(iter(SETTINGS))),
             "",
         ]
     )  # fmt: skip

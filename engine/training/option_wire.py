@@ -22,8 +22,6 @@ _OPTIONAL_FIELDS = (
     "eval_every",
     "stop_window",
     "stop_threshold",
-    "timestep_focus",
-    "antithetic",
     "regularization",
     "progressive",
     "per_image_tokens",

@@ -21,7 +21,6 @@ MAX_STOP_WINDOW = 1000
 _NUMBERS: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "learning_rate": (lambda value: 0.0 < value <= 1.0, "above 0 and at most 1"),
     "stop_threshold": (lambda value: 0.0 < value < 1.0, "above 0 and below 1"),
-    "timestep_focus": (lambda value: 0.0 <= value <= 1.0, "between 0 and 1"),
     "regularization": (lambda value: 0.0 <= value < math.inf, "finite and at least 0"),
 }
 
@@ -44,11 +43,6 @@ def check_options(options: Mapping[str, Any], *, max_steps: int, max_batch_size:
     for name, (holds, words) in _NUMBERS.items():
         if name in options and not holds(value := options[name]):
             raise InvalidRequest(f"{name} must be {words}, got {value}", field=f"options.{name}")
-    if options.get("antithetic") and options.get("batch_size", 2) < 2:
-        raise InvalidRequest(
-            "antithetic needs pairs: batch_size must be at least 2, got 1",
-            field="options.antithetic",
-        )
     if options.get("cross_initialization") and options.get("optimizer") == "dti":
         raise InvalidRequest(
             "cross_initialization starts longer than any word, and optimizer dti holds a word's "

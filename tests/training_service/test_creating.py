@@ -114,8 +114,6 @@ async def test_an_image_in_many_chunks_arrives_whole(served: LearningServer) -> 
         ({"options": {"stop_window": 1}}, "options.stop_window"),
         ({"options": {"stop_threshold": 1.0}}, "options.stop_threshold"),
         ({"options": {"stop_threshold": float("nan")}}, "options.stop_threshold"),
-        ({"options": {"timestep_focus": -0.1}}, "options.timestep_focus"),
-        ({"options": {"antithetic": True, "batch_size": 1}}, "options.antithetic"),
         ({"options": {"regularization": -1.0}}, "options.regularization"),
         ({"options": {"progressive": True}}, "options.num_vectors"),
         (

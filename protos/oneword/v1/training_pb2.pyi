@@ -199,8 +199,6 @@ class LearnOptions(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     STOP_WINDOW_FIELD_NUMBER: _builtins.int
     STOP_THRESHOLD_FIELD_NUMBER: _builtins.int
-    TIMESTEP_FOCUS_FIELD_NUMBER: _builtins.int
-    ANTITHETIC_FIELD_NUMBER: _builtins.int
     INITIALIZER_CANDIDATES_FIELD_NUMBER: _builtins.int
     REGULARIZATION_FIELD_NUMBER: _builtins.int
     PROGRESSIVE_FIELD_NUMBER: _builtins.int
@@ -234,10 +232,6 @@ class LearnOptions(_message.Message):
     """Evaluations that must have settled for `STOP_RULE_DVAR`, 2 to 1000."""
     stop_threshold: _builtins.float
     """Of their variance, relative to that of all evaluations, above 0 and below 1."""
-    timestep_focus: _builtins.float
-    """Share of the timesteps that is biased to noise, 0 to 1."""
-    antithetic: _builtins.bool
-    """Whether samples come in pairs of opposite noise; `batch_size` must be at least 2 then."""
     regularization: _builtins.float
     """Weight of the squared distance to where the vectors started, added to the loss of learning;
     at least 0, default 0, with `cross_initialization` 1e-5.
@@ -275,20 +269,16 @@ class LearnOptions(_message.Message):
         stop: Global___StopRule.ValueType = ...,
         stop_window: _builtins.int | None = ...,
         stop_threshold: _builtins.float | None = ...,
-        timestep_focus: _builtins.float | None = ...,
-        antithetic: _builtins.bool | None = ...,
         initializer_candidates: _abc.Iterable[_builtins.str] | None = ...,
         regularization: _builtins.float | None = ...,
         progressive: _builtins.bool | None = ...,
         per_image_tokens: _builtins.bool | None = ...,
         cross_initialization: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic", "_batch_size", b"_batch_size", "_cross_initialization", b"_cross_initialization", "_eval_every", b"_eval_every", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_per_image_tokens", b"_per_image_tokens", "_progressive", b"_progressive", "_regularization", b"_regularization", "_seed", b"_seed", "_steps", b"_steps", "_stop_threshold", b"_stop_threshold", "_stop_window", b"_stop_window", "_timestep_focus", b"_timestep_focus", "antithetic", b"antithetic", "batch_size", b"batch_size", "cross_initialization", b"cross_initialization", "eval_every", b"eval_every", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "per_image_tokens", b"per_image_tokens", "progressive", b"progressive", "regularization", b"regularization", "seed", b"seed", "steps", b"steps", "stop_threshold", b"stop_threshold", "stop_window", b"stop_window", "timestep_focus", b"timestep_focus"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_cross_initialization", b"_cross_initialization", "_eval_every", b"_eval_every", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_per_image_tokens", b"_per_image_tokens", "_progressive", b"_progressive", "_regularization", b"_regularization", "_seed", b"_seed", "_steps", b"_steps", "_stop_threshold", b"_stop_threshold", "_stop_window", b"_stop_window", "batch_size", b"batch_size", "cross_initialization", b"cross_initialization", "eval_every", b"eval_every", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "per_image_tokens", b"per_image_tokens", "progressive", b"progressive", "regularization", b"regularization", "seed", b"seed", "steps", b"steps", "stop_threshold", b"stop_threshold", "stop_window", b"stop_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic", "_batch_size", b"_batch_size", "_cross_initialization", b"_cross_initialization", "_eval_every", b"_eval_every", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_per_image_tokens", b"_per_image_tokens", "_progressive", b"_progressive", "_regularization", b"_regularization", "_seed", b"_seed", "_steps", b"_steps", "_stop_threshold", b"_stop_threshold", "_stop_window", b"_stop_window", "_timestep_focus", b"_timestep_focus", "antithetic", b"antithetic", "batch_size", b"batch_size", "cross_initialization", b"cross_initialization", "eval_every", b"eval_every", "initializer_candidates", b"initializer_candidates", "initializer_token", b"initializer_token", "learnable_property", b"learnable_property", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "optimizer", b"optimizer", "per_image_tokens", b"per_image_tokens", "progressive", b"progressive", "regularization", b"regularization", "seed", b"seed", "steps", b"steps", "stop", b"stop", "stop_threshold", b"stop_threshold", "stop_window", b"stop_window", "timestep_focus", b"timestep_focus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_cross_initialization", b"_cross_initialization", "_eval_every", b"_eval_every", "_learning_rate", b"_learning_rate", "_num_vectors", b"_num_vectors", "_per_image_tokens", b"_per_image_tokens", "_progressive", b"_progressive", "_regularization", b"_regularization", "_seed", b"_seed", "_steps", b"_steps", "_stop_threshold", b"_stop_threshold", "_stop_window", b"_stop_window", "batch_size", b"batch_size", "cross_initialization", b"cross_initialization", "eval_every", b"eval_every", "initializer_candidates", b"initializer_candidates", "initializer_token", b"initializer_token", "learnable_property", b"learnable_property", "learning_rate", b"learning_rate", "num_vectors", b"num_vectors", "optimizer", b"optimizer", "per_image_tokens", b"per_image_tokens", "progressive", b"progressive", "regularization", b"regularization", "seed", b"seed", "steps", b"steps", "stop", b"stop", "stop_threshold", b"stop_threshold", "stop_window", b"stop_window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__antithetic: _TypeAlias = _typing.Literal["antithetic"]  # noqa: Y015
-    _WhichOneofArgType__antithetic: _TypeAlias = _typing.Literal["_antithetic", b"_antithetic"]  # noqa: Y015
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
     _WhichOneofReturnType__cross_initialization: _TypeAlias = _typing.Literal["cross_initialization"]  # noqa: Y015
@@ -313,10 +303,6 @@ class LearnOptions(_message.Message):
     _WhichOneofArgType__stop_threshold: _TypeAlias = _typing.Literal["_stop_threshold", b"_stop_threshold"]  # noqa: Y015
     _WhichOneofReturnType__stop_window: _TypeAlias = _typing.Literal["stop_window"]  # noqa: Y015
     _WhichOneofArgType__stop_window: _TypeAlias = _typing.Literal["_stop_window", b"_stop_window"]  # noqa: Y015
-    _WhichOneofReturnType__timestep_focus: _TypeAlias = _typing.Literal["timestep_focus"]  # noqa: Y015
-    _WhichOneofArgType__timestep_focus: _TypeAlias = _typing.Literal["_timestep_focus", b"_timestep_focus"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__antithetic) -> _WhichOneofReturnType__antithetic | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
@@ -341,8 +327,6 @@ class LearnOptions(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_threshold) -> _WhichOneofReturnType__stop_threshold | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_window) -> _WhichOneofReturnType__stop_window | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__timestep_focus) -> _WhichOneofReturnType__timestep_focus | None: ...
 
 Global___LearnOptions: _TypeAlias = LearnOptions  # noqa: Y015
 
