@@ -106,6 +106,7 @@ def test_the_offline_evaluator_is_not_looked_for_on_the_hub(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EvaluationError, match="the offline evaluator is not here"):
         run_command([*command[:at], *command[at + 2 :]])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_benchmark_with_class_words_wants_one(command: list[str], tmp_path: Path) -> None:

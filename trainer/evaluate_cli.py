@@ -90,7 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
     mode = MODES[arguments.benchmark]
     options = _drawing_options(arguments, mode)
     prompts = prompts_of_mode(mode, arguments.prompts)
-    _check_output(arguments.output)
     encoders = _open_encoders(arguments.encoder or [default_encoder()], arguments.device)
     pipeline = Pipeline.open(arguments.bundle, limits=Limits(max_images_per_request=MAX_SAMPLES))
     subjects = read_subjects(
@@ -100,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         size=pipeline.bundle.manifest.latents.default_size,
     )
     _say_what_is_missing(subjects, mode)
+    _check_output(arguments.output)
     evaluation = Evaluation(pipeline, encoders, prompts, options)
     judged = _judge(evaluation, subjects)
     report = _report(arguments, mode, prompts, encoders, evaluation, judged, started)
