@@ -24,6 +24,12 @@ _FLAGS: dict[str, str | Flag] = {
     "several servers: postgresql://user@host/database (needs oneword[postgres])",
     "concept_files": "place of their files in place of --concept-dir: a folder, or a URL such as "
     "s3://bucket/concepts (needs oneword[fsspec])",
+    "store.max_concepts_per_tenant": "names that one tenant may store",
+    "store.max_bytes_per_tenant": "bytes of concept files that one tenant may store",
+    "store.grace_s": Flag(
+        "seconds for which a deleted or replaced concept can be had by its digest",
+        "concept-grace-s",
+    ),
     "job_dir": "folder of the jobs; without it the server keeps none",
     "execution_provider": "ONNX Runtime execution provider",
     "grace_s": "seconds that requests under way get when the server is told to stop",

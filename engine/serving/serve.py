@@ -1,6 +1,7 @@
 """A server from its configuration to its drained stop, as the main task of a process."""
 
 import asyncio
+import dataclasses
 import logging
 import signal
 from collections.abc import Callable
@@ -48,10 +49,13 @@ async def serve(
 
 def _open_store(config: ServerConfig) -> ConceptStore:
     if config.concept_dir is None and not config.concept_index and not config.concept_files:
-        return ConceptStore.temporary()
+        return ConceptStore.temporary(config.store)
     return ConceptStore(
         StoreConfig(
-            folder=config.concept_dir, index=config.concept_index, files=config.concept_files
+            folder=config.concept_dir,
+            index=config.concept_index,
+            files=config.concept_files,
+            **dataclasses.asdict(config.store),
         )
     )
 

@@ -10,6 +10,7 @@ from engine.image_jobs.job import JobLimits
 from engine.operations.config import OperationsConfig
 from engine.requests import Limits
 from engine.security.config import SecurityConfig, check_listen
+from engine.store.config import StoreLimits
 from engine.training.config import TrainingConfig
 from engine.worker.supervisor import WorkerConfig
 
@@ -27,6 +28,7 @@ class ServerConfig:
     jobs: JobLimits = field(default_factory=JobLimits)
     concept_index: str = ""  # postgresql://... in place of SQLite in concept_dir
     concept_files: str = ""  # a folder or the URL of a file system, in place of concept_dir
+    store: StoreLimits = field(default_factory=StoreLimits)  # of those two, or of concept_dir
     execution_provider: str = "CPUExecutionProvider"  # of ONNX Runtime; there is no fall-back
     model_process: bool = True  # the graphs in a process of their own, which may die and come back
     worker: WorkerConfig = field(default_factory=WorkerConfig)  # of that process

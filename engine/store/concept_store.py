@@ -7,6 +7,7 @@ A file is there before its row, and is removed after it: a process killed in bet
 without a row, which `collect` removes. Files are checked against their digest when they are read.
 """
 
+import dataclasses
 import hashlib
 import logging
 import tempfile
@@ -30,7 +31,7 @@ from engine.store.blobs import BlobUnusable, blob_errors, blob_name
 from engine.store.cache import ConceptCache
 from engine.store.changes import Changes
 from engine.store.collector import Collected, collect
-from engine.store.config import StoreConfig
+from engine.store.config import StoreConfig, StoreLimits
 from engine.store.places import open_place
 from engine.store.references import check_alias
 from engine.store.rows import DEFAULT_TENANT, Rows, StoredConcept
@@ -65,10 +66,11 @@ class ConceptStore:
         self._try_to_collect()
 
     @classmethod
-    def temporary(cls) -> "ConceptStore":
+    def temporary(cls, limits: StoreLimits | None = None) -> "ConceptStore":
         """A store in a folder of its own that goes away with `close`."""
         folder = tempfile.TemporaryDirectory(prefix="oneword-concepts-")
-        store = cls(Path(folder.name))
+        told = dataclasses.asdict(limits or StoreLimits())
+        store = cls(StoreConfig(folder=Path(folder.name), **told))
         store._temporary = folder
         return store
 

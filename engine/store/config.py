@@ -1,4 +1,4 @@
-"""What a concept store is told: where its index and its files are, and what it keeps."""
+"""What a concept store is told: what it keeps, and where its index and its files are."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,9 @@ _NOT_NEGATIVE = ("cache_bytes", "busy_timeout_s", "grace_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoreConfig:
-    """Where concepts are kept, and how many. A folder alone holds both index and files."""
+class StoreLimits:
+    """What a store keeps, and for how long."""
 
-    folder: Path | None = None
-    index: str = ""  # postgresql://...; "": SQLite in the folder
-    files: str = ""  # a folder, or the URL of an fsspec file system; "": in the folder
     cache_bytes: int = CACHE_BYTES  # of vectors in memory
     busy_timeout_s: float = BUSY_TIMEOUT_S  # for the lock of another thread or process
     grace_s: float = DAY_S  # what is deleted or replaced can be had by its digest for so long
@@ -34,6 +31,18 @@ class StoreConfig:
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig(StoreLimits):
+    """Where concepts are kept, and how many. A folder alone holds both index and files."""
+
+    folder: Path | None = None
+    index: str = ""  # postgresql://...; "": SQLite in the folder
+    files: str = ""  # a folder, or the URL of an fsspec file system; "": in the folder
+
+    def __post_init__(self) -> None:
+        StoreLimits.__post_init__(self)  # `super()` does not know a class with slots
         if self.folder is None and not (self.index and self.files):
             raise ConfigError(
                 "a concept store needs a folder, or both an index (postgresql://...) and a place "
