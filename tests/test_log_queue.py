@@ -1,12 +1,17 @@
 """A log whose reader sleeps: nobody waits for it, and what was lost is told."""
 
+import contextvars
+import io
+import json
 import logging
 import os
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from engine.operations.calls import Call, set_current_call
 from engine.operations.log_queue import PatientHandler
+from engine.operations.logs import CallFilter, JsonFormatter
 
 
 class Slow(logging.Handler):
@@ -78,3 +83,23 @@ def test_a_full_pipe_does_not_hold_up_the_end() -> None:
         patient._thread.join(10.0)
     os.close(reading)
     assert read >= 200_000
+
+
+def test_a_line_tells_the_call_that_it_was_written_in() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(CallFilter())
+    handler.setFormatter(JsonFormatter())
+    patient = PatientHandler(handler)
+
+    def in_a_call() -> None:
+        set_current_call(Call(request_id="one", method="/a.Service/Method", peer=""))
+        logger.warning("within")
+
+    with _log_to(patient) as logger:
+        contextvars.copy_context().run(in_a_call)
+        logger.warning("outside")
+    patient.flush_and_stop(10.0)
+    within, outside = map(json.loads, stream.getvalue().splitlines())
+    assert (within["request_id"], within["method"]) == ("one", "/a.Service/Method")
+    assert "request_id" not in outside

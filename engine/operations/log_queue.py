@@ -22,9 +22,11 @@ class PatientHandler(QueueHandler):
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(max_lines)
         super().__init__(self._lines)
         self._handler = handler
-        # What is known of a record only in the task that writes it is noted there.
-        for one in handler.filters:
+        # What is known of a record only in the task that writes it is noted there, and there alone:
+        # a filter that ran again on the other side would find no call.
+        for one in list(handler.filters):
             self.addFilter(one)
+            handler.removeFilter(one)
         self._lost = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
