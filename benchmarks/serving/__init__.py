@@ -1,1 +1,1 @@
-"""What the server costs and promises under load, measured."""
+"""What the server costs and promises under load, measured: `python -m benchmarks.serving`."""

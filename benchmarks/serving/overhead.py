@@ -1,163 +1,157 @@
-"""What one image costs on top of the pipeline in process: through the process of a model, and
-through the server. The goal is at most 1 % or 5 ms, whichever is more.
+"""What one image costs on top of the same pipeline in process, step by step to the server.
 
-    python -m benchmarks.serving.overhead --bundle build/emoji
-
-One image at a time, so that nothing waits for anything else. The ways take turns in short rounds,
-so that a machine that warms up or is busy for a while does so for all of them, and the overhead is
-the median over rounds of the difference within a round.
+The ways take turns, a new order every round, so that a machine that warms up or is busy for a while
+does so for all of them; the overhead of a way is the median over rounds of its difference to the
+pipeline in the same round. One image at a time: nothing waits for anything else. The goal for the
+server is at most 1 % or 5 ms, whichever is more.
 """
 
-import argparse
-import json
+import random
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import BUNDLE, ROOT, example_concept
+from tqdm import tqdm
+
+from benchmarks.peers import PROMPT, example_concept
+from benchmarks.serving.server_process import RunningServer, running_server
+from benchmarks.serving.settings import Settings
+from benchmarks.serving.spread import spread
 from engine.batching.batcher import Batcher, Model, generate
-from engine.client import Client
-from engine.concepts import Concept, concept_to_bytes
+from engine.concepts import concept_to_bytes
 from engine.images import encode_image
-from engine.pipeline import Pipeline
+from engine.pipeline import Pipeline, sound
 from engine.planner import Planner
 from engine.requests import GenerationRequest
 from engine.worker.remote_model import open_remote
-from protos.oneword.v1.generation_pb2 import ConceptReference, GenerateRequest, InlineConcept
+from protos.oneword.v1.generation_pb2 import (
+    ConceptReference,
+    GenerateImagesRequest,
+    GenerateRequest,
+    InlineConcept,
+)
 
-PROMPT = "a photo of <x> on a blue background"
 SAMPLER, GUIDANCE_SCALE = "ddim", 4.0
 GOAL_SHARE, GOAL_MS = 0.01, 5.0
-IN_PROCESS, IN_PROCESS_PNG = "in process", "in process, as PNG"
-REMOTE, SERVER = "process of the model", "server"
+IN_PROCESS = "pipeline in process"
+PAUSE_S = 0.03  # ONNX Runtime's threads spin for a while after a call: not into the next way's time
 
-Draw = Callable[[int], Any]  # draws the image of a seed
+Draw = Callable[[int], Any]  # draws the image of a seed, as a PNG file
 
 
-def measure(bundle: Path, *, num_inference_steps: int, rounds: int, images: int) -> dict[str, Any]:
-    """Median time per image of each way in ms, and what each costs beyond the first."""
-    with ExitStack() as stack:
-        ways = _open_ways(stack, bundle, num_inference_steps)
-        for draw in ways.values():
+def measure(settings: Settings) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        ways = _Ways(settings, stack, Path(folder)).open()
+        for draw in (*ways.values(), *ways.values()):
             draw(0)
-        found = [
-            {name: _per_image_ms(draw, images, number) for name, draw in ways.items()}
-            for number in range(rounds)
+        rounds = [
+            _round(ways, number)
+            for number in tqdm(range(settings.overhead_rounds), desc="overhead", unit="round")
         ]
+    alone_ms = statistics.median(one[IN_PROCESS] for one in rounds)
+    goal_ms = max(GOAL_MS, GOAL_SHARE * alone_ms)
     return {
-        "num_inference_steps": num_inference_steps,
-        "rounds": rounds,
-        "images_per_round": images,
-        "per_image_ms": {name: _median(one[name] for one in found) for name in ways},
-        "overhead": {
-            REMOTE: _overhead(found, REMOTE, IN_PROCESS),
-            # The server's answer is a file, so the picture in process is made one too.
-            SERVER: _overhead(found, SERVER, IN_PROCESS_PNG),
+        "num_inference_steps": settings.overhead_steps,
+        "rounds": settings.overhead_rounds,
+        "goal_ms": goal_ms,
+        "ways": {
+            name: {
+                "image_ms": spread([one[name] for one in rounds]),
+                "overhead_ms": spread([one[name] - one[IN_PROCESS] for one in rounds]),
+            }
+            for name in ways
         },
     }
 
 
-def _open_ways(stack: ExitStack, bundle: Path, num_inference_steps: int) -> dict[str, Draw]:
-    pipeline = Pipeline.open(bundle)
-    concept = example_concept(pipeline.bundle.manifest.text.dim)
-    planner, model = open_remote(bundle)
-    stack.callback(model.close)
-    here = _through_batcher(stack, pipeline, pipeline, concept, num_inference_steps)
-    return {
-        IN_PROCESS: here,
-        IN_PROCESS_PNG: lambda seed: encode_image(here(seed)),
-        REMOTE: _through_batcher(stack, planner, model, concept, num_inference_steps),
-        SERVER: _through_server(stack, bundle, concept, num_inference_steps),
-    }
+def _round(ways: dict[str, Draw], number: int) -> dict[str, float]:
+    """Milliseconds of one image each."""
+    order = list(ways)
+    random.Random(number).shuffle(order)
+    found = dict[str, float]()
+    for name in order:
+        time.sleep(PAUSE_S)
+        started = time.perf_counter()
+        ways[name](number)
+        found[name] = 1e3 * (time.perf_counter() - started)
+    return {name: found[name] for name in ways}
 
 
-def _through_batcher(
-    stack: ExitStack, planner: Planner, model: Model, concept: Concept, steps: int
-) -> Draw:
-    batcher = Batcher(model)
-    stack.callback(batcher.close)
+class _Ways:
+    """The same image on ways that have more and more around the pipeline."""
 
-    def draw(seed: int) -> Any:
-        request = GenerationRequest(
+    def __init__(self, settings: Settings, stack: ExitStack, folder: Path) -> None:
+        self._bundle, self._steps = settings.bundle, settings.overhead_steps
+        self._stack, self._folder = stack, folder
+        self._pipeline = Pipeline.open(settings.bundle)
+        self._concept = example_concept(self._pipeline.bundle.manifest.text.dim)
+
+    def open(self) -> dict[str, Draw]:
+        planner, model = open_remote(self._bundle)
+        self._stack.callback(model.close)
+        ways: dict[str, Draw] = {
+            IN_PROCESS: self._draw_here,
+            "batcher": self._through_batcher(self._pipeline, self._pipeline),
+            "batcher, model process": self._through_batcher(planner, model),
+        }
+        for name, model_process in (("server", False), ("server, model process", True)):
+            server = self._stack.enter_context(
+                running_server(
+                    self._folder, name=name, bundle=self._bundle, model_process=model_process
+                )
+            )
+            ways[f"{name}, streamed"] = lambda seed, server=server: self._stream(server, seed)
+            ways[f"{name}, unary"] = lambda seed, server=server: self._call(server, seed)
+        return ways
+
+    def _draw_here(self, seed: int) -> bytes:
+        images = self._pipeline.begin(self._pipeline.plan(self._request(seed)))
+        while not images[0].is_done:
+            self._pipeline.step(images)
+        return encode_image(sound(self._pipeline.decode(images))[0])
+
+    def _through_batcher(self, planner: Planner, model: Model) -> Draw:
+        batcher = Batcher(model)
+        self._stack.callback(batcher.close)
+
+        def draw(seed: int) -> bytes:
+            return encode_image(generate(batcher, planner.plan(self._request(seed)))[0][0].image)
+
+        return draw
+
+    def _stream(self, server: RunningServer, seed: int) -> bytes:
+        (image,) = (
+            event.image.image
+            for event in server.generation.Generate(self._message(seed))
+            if event.HasField("image")
+        )
+        return image
+
+    def _call(self, server: RunningServer, seed: int) -> bytes:
+        request = GenerateImagesRequest(request=self._message(seed))
+        return server.generation.GenerateImages(request).images[0].image
+
+    def _request(self, seed: int) -> GenerationRequest:
+        return GenerationRequest(
             prompt=PROMPT,
-            concepts=(concept,),
+            concepts=(self._concept,),
             seed=seed,
             sampler=SAMPLER,
-            num_inference_steps=steps,
+            num_inference_steps=self._steps,
             guidance_scale=GUIDANCE_SCALE,
         )
-        return generate(batcher, planner.plan(request))[0][0].image
 
-    return draw
-
-
-def _through_server(stack: ExitStack, bundle: Path, concept: Concept, steps: int) -> Draw:
-    client = stack.enter_context(Client(stack.enter_context(_server(bundle))))
-    inline = ConceptReference(inline=InlineConcept(safetensors=concept_to_bytes(concept)))
-
-    def draw(seed: int) -> Any:
-        request = GenerateRequest(
+    def _message(self, seed: int) -> GenerateRequest:
+        content = concept_to_bytes(self._concept)
+        return GenerateRequest(
             prompt=PROMPT,
-            concepts=[inline],
+            concepts=[ConceptReference(inline=InlineConcept(safetensors=content))],
             seed=seed,
             sampler=SAMPLER,
-            num_inference_steps=steps,
+            num_inference_steps=self._steps,
             guidance_scale=GUIDANCE_SCALE,
         )
-        return client.generate(request).images[0]
-
-    return draw
-
-
-@contextmanager
-def _server(bundle: Path) -> Generator[str]:
-    """The address of a server as the command starts it."""
-    command = [sys.executable, "-m", "oneword", "serve", "--bundle", str(bundle.resolve())]
-    with subprocess.Popen(
-        [*command, "--listen", "127.0.0.1:0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        yield process.stdout.readline().split()[-1]
-        process.terminate()
-
-
-def _per_image_ms(draw: Draw, images: int, number: int) -> float:
-    started = time.perf_counter()
-    for index in range(images):
-        draw(number * images + index)
-    return 1e3 * (time.perf_counter() - started) / images
-
-
-def _overhead(found: Sequence[dict[str, float]], name: str, beside: str) -> dict[str, Any]:
-    overhead_ms = _median(one[name] - one[beside] for one in found)
-    goal_ms = max(GOAL_MS, GOAL_SHARE * _median(one[beside] for one in found))
-    return {"ms": overhead_ms, "goal_ms": goal_ms, "is_met": overhead_ms <= goal_ms}
-
-
-def _median(values: Any) -> float:
-    return statistics.median(values)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="the server's cost of one image")
-    parser.add_argument("--bundle", type=Path, default=BUNDLE)
-    parser.add_argument("--num-inference-steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--images", type=int, default=5, help="of each way in a round")
-    arguments = parser.parse_args()
-    result = measure(
-        arguments.bundle,
-        num_inference_steps=arguments.num_inference_steps,
-        rounds=arguments.rounds,
-        images=arguments.images,
-    )
-    print(json.dumps(result, indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,289 @@
+"""The results as a page; every figure in it comes from them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.serving.cancel import OTHERS as CANCEL_OTHERS
+from benchmarks.serving.load import OURS, SYSTEMS
+from benchmarks.serving.mix import (
+    DEADLINE_S,
+    DEADLINE_STRETCH,
+    GUIDANCE_SCALES,
+    PROMPTS,
+    SAMPLERS,
+    SIDES,
+    STEPS,
+)
+from benchmarks.serving.open_loop import WARM_UP_SHARE
+from benchmarks.serving.results import Results
+
+SHED_GOAL_MS, PUBLISH_GOAL_MS = 5.0, 1000.0
+_SHARED_STORES = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+
+Result = dict[str, Any]
+
+
+def page(results: Results, figure: str) -> str:
+    """`figure` is the path of the image, relative to the page."""
+    sections: dict[str, Callable[[Result], list[str]]] = {
+        "overhead": _overhead,
+        "load": lambda result: _load(result, figure),
+        "cancel": _cancel,
+        "shed": _shed,
+        "publish": _publish,
+        "heap": _heap,
+    }
+    lines = ["# What the server costs and promises under load", "", *_about(results)]
+    for part, section in sections.items():
+        if part in results:
+            lines += ["", *section(results[part]["result"])]
+    return "\n".join(lines) + "\n"
+
+
+def _about(results: Results) -> list[str]:
+    info = next(iter(results.values()))["machine"]
+    lines = [
+        f"`make bench-serving`, {info['processor']}, {info['cores']} cores, "
+        f"{info['memory_gb']} GB; onnxruntime {info['versions']['onnxruntime']}, "
+        f"numpy {info['versions']['numpy']}. The embedded model in float32 on the CPU. Callers "
+        "and servers share the cores.",
+        "",
+        "How to read it: each part says what was counted and against which goal, and whether the "
+        "goal is met. p50 is the median, p99 what one of a hundred passes; with fewer than 200 "
+        "values p99 is little more than the largest. Times of other machines differ, their ratios "
+        "less so. `python -m benchmarks.serving --parts NAMES --again` measures parts anew; what "
+        "was measured with this code on this machine is kept otherwise.",
+        "",
+        "| part | commit | measured | seconds |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {part} | {one['commit']} | {one['date'][:16]} | {one['seconds']:.0f} |"
+        for part, one in results.items()
+    ]
+    return lines
+
+
+def _overhead(result: Result) -> list[str]:
+    lines = [
+        "## The server beside the pipeline in process",
+        "",
+        f"One image of {result['num_inference_steps']} steps with guidance, as a PNG file, "
+        f"{result['rounds']} times each way; the ways take turns in random order. More is the "
+        "median over rounds of the difference to the pipeline in the same round. Goal for the "
+        f"server: at most {result['goal_ms']:.1f} ms (1 % or 5 ms, whichever is more).",
+        "",
+        "| way | median ms | p10 to p90 | more, ms | p10 to p90 | goal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in result["ways"].items():
+        image, more = one["image_ms"], one["overhead_ms"]
+        goal = _met(more["median"] <= result["goal_ms"]) if name.startswith("server") else ""
+        lines.append(
+            f"| {name} | {image['median']:.1f} | {image['p10']:.1f} to {image['p90']:.1f} "
+            f"| {more['median']:+.1f} | {more['p10']:+.1f} to {more['p90']:+.1f} | {goal} |"
+        )
+    return lines
+
+
+def _load(result: Result, figure: str) -> list[str]:
+    count = result["requests_of_a_run"] * result["repeats"]
+    costs = result["step_ms_by_rows"]
+    return [
+        "## Batching at the step, in static batches, one at a time",
+        "",
+        "Requests at random (Poisson) times, open loop: they come whatever is still under way, "
+        f"and latency counts from when one was due. {count} requests a point in "
+        f"{result['repeats']} runs, the systems in turns and then in reverse; the first "
+        f"{WARM_UP_SHARE:.0%} of a run are not counted. Load 1 is "
+        f"{result['capacity_per_s']:.2f} images/s, what the mix makes one at a time in a closed "
+        f"loop ({result['capacity_afterwards_per_s']:.2f} when measured again afterwards).",
+        "",
+        f"The mix: {_shares(STEPS)} steps; guidance {_shares(GUIDANCE_SCALES)}; "
+        f"{_shares(SIDES)} pixels square; {', '.join(SAMPLERS)} alike; {len(PROMPTS)} prompts, "
+        "four of them with a concept each. A request has "
+        f"{DEADLINE_S:g} s and {DEADLINE_STRETCH:g} times its own time to its deadline, "
+        f"{result['mean_deadline_s']:.1f} s on average. Goodput counts the images that came before "
+        "it.",
+        "",
+        "All three are driven in this process over the same pipeline, without gRPC, with the same "
+        "requests, times, deadlines and limits; all refuse at once what cannot meet its deadline "
+        "and drop what has missed it, which servers with static batches seldom do. Static batches "
+        f"take requests of equal size and steps and wait {result['window_ms']:g} ms for others, "
+        f"the best of {', '.join(result['windows'])} ms at load 0.8. A denoiser call of 1, 2, 4, 8 "
+        f"and 16 rows takes {', '.join(f'{ms:.1f}' for ms in costs.values())} ms here: nearly "
+        "linear, so batches save little, whoever makes them; where calls cost the same however "
+        "full they are, as on a GPU, all of this is different and is not measured here.",
+        "",
+        f"![latency and goodput against load]({figure})",
+        "",
+        "| load | system | images/s | goodput/s | in time | refused | given up | p50 ms | p99 ms "
+        "| images |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(
+            _load_row(load, name, points[name])
+            for load, points in result["loads"].items()
+            for name in SYSTEMS
+        ),
+        "",
+        *_claims(result),
+    ]
+
+
+def _load_row(load: str, name: str, point: Result) -> str:
+    latency = point["latency_ms"]
+    times = f"{latency['median']:.0f} | {latency['p99']:.0f}" if latency["count"] else "none | none"
+    return (
+        f"| {load} | {name} | {point['images_per_s']:.2f} | {point['goodput_per_s']:.2f} "
+        f"| {point['in_time_share']:.1%} | {point['refused_share']:.1%} "
+        f"| {point['given_up_share']:.1%} | {times} | {latency['count']} of {point['requests']} |"
+    )
+
+
+def _claims(result: Result) -> list[str]:
+    """Where step-level batching is behind the others, by however little."""
+    measures: dict[str, Callable[[Result], float]] = {
+        "goodput": lambda point: point["goodput_per_s"],
+        "p50": lambda point: -point["latency_ms"].get("median", 0.0),
+        "p99": lambda point: -point["latency_ms"].get("p99", 0.0),
+    }
+    loads = result["loads"]
+    lines = list[str]()
+    for title, measure in measures.items():
+        behind = [
+            f"{name} at {load}"
+            for load, points in loads.items()
+            for name in SYSTEMS
+            if name != OURS and measure(points[name]) > measure(points[OURS])
+        ]
+        lines.append(f"- {title}: {OURS} is behind {', '.join(behind) or 'neither, at any load'}.")
+    at_capacity, beyond = (loads[load][OURS]["goodput_per_s"] for load in ("1", "1.2"))
+    lines.append(f"- Goodput of {OURS}: {at_capacity:.2f}/s at load 1, {beyond:.2f}/s at load 1.2.")
+    lines.append(
+        "- Differences of a few percent are within the noise of so many requests; latencies are of "
+        "finished images, so who refuses more of them has an easier task: read them with goodput."
+    )
+    return lines
+
+
+def _cancel(result: Result) -> list[str]:
+    lines = [
+        "## From a cancel to a free slot",
+        "",
+        f"Requests of {result['steps']} steps, cancelled through gRPC at a random moment while "
+        "they run. Time from the caller's cancel until the batcher has let go of the image; "
+        "denoiser calls, whoever's, that were under way or begun meanwhile; and calls with the "
+        "cancelled image that were begun after the cancel, before the server had heard of it. "
+        "Goal: at most one step.",
+        "",
+        "| | requests | ms, p50 | ms, p99 | ms, most | a step, ms | calls, p50 | calls, most "
+        "| begun with it, most | goal |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    names = {"alone": "alone", "beside_others": f"beside {CANCEL_OTHERS} others"}
+    for key, name in names.items():
+        one = result[key]
+        free, calls = one["slot_free_ms"], one["calls_until_free"]
+        lines.append(
+            f"| {name} | {one['cancelled']} | {free['median']:.1f} | {free['p99']:.1f} "
+            f"| {free['max']:.1f} | {one['median_step_ms']:.1f} | {calls['median']:.0f} "
+            f"| {calls['max']:.0f} | {one['calls_begun_with_it_afterwards']['max']:.0f} "
+            f"| {_met(calls['max'] <= 1)} |"
+        )
+    return lines
+
+
+def _shed(result: Result) -> list[str]:
+    lines = [
+        "## How soon a loaded server says no",
+        "",
+        f"{result['in_flight']} images in flight and {result['queue']} waiting (half of them for "
+        "the deadline), one refusal after the other. Round trip by the caller's clock; in the "
+        "server by its access log, from a call's headers to its status. The rest is the network "
+        "stack and the wait for a core, which the model's threads share. Goal: p99 under "
+        f"{SHED_GOAL_MS:g} ms.",
+        "",
+        "| | refusals | | p50 ms | p90 ms | p99 ms | most ms | goal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    names = {"queue_full": "full queue", "deadline": "deadline that cannot be met"}
+    for key, name in names.items():
+        for place, words in (("in_server_ms", "in the server"), ("round_trip_ms", "round trip")):
+            one = result[key][place]
+            lines.append(
+                f"| {name} | {one['count']} | {words} | {one['median']:.2f} | {one['p90']:.2f} "
+                f"| {one['p99']:.2f} | {one['max']:.2f} | {_met(one['p99'] < SHED_GOAL_MS)} |"
+            )
+    return lines
+
+
+def _publish(result: Result) -> list[str]:
+    lines = [
+        "## From an import to the first use",
+        "",
+        "Two servers share one store. Milliseconds from the start of the import until it is "
+        "answered, until a request with the concept is accepted at the same server and at the "
+        "other (both are asked at once when the import is answered), and until the other has drawn "
+        f"it; {result['publications']} imports of a new name and as many of other vectors under "
+        "it, with idle servers and with two requests on each. Not yet known: requests that a "
+        "server refused, or drew with the vectors of before, after the import was answered. Goal: "
+        "p99 of acceptance under a second everywhere.",
+        "",
+        "| store | | | imported, p50 | accepted here, p50 | there, p50 | there, p99 | image there, "
+        "p50 | not yet known | goal |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for store, title in _SHARED_STORES.items():
+        if store not in result:
+            lines.append(f"| {title} | not installed here | | | | | | | | |")
+            continue
+        for state, one in result[store].items():
+            for kind in ("new", "replaced"):
+                here = one[f"{kind}_accepted_same_server_ms"]
+                there = one[f"{kind}_accepted_other_server_ms"]
+                goal = max(here["p99"], there["p99"]) < PUBLISH_GOAL_MS
+                lines.append(
+                    f"| {title} | {state} | {kind} | {one[f'{kind}_imported_ms']['median']:.0f} "
+                    f"| {here['median']:.0f} | {there['median']:.0f} | {there['p99']:.0f} "
+                    f"| {one[f'{kind}_image_other_server_ms']['median']:.0f} "
+                    f"| {one['refused_meanwhile']} | {_met(goal)} |"
+                )
+    return lines
+
+
+def _heap(result: Result) -> list[str]:
+    names = {
+        "heap_bytes": "server, live heap",
+        "resident_bytes": "server, resident",
+        "model_resident_bytes": "model's process, resident",
+    }
+    lines = [
+        f"## Memory over {result['requests']} requests",
+        "",
+        "Streamed, unary and batched requests of 1 to 4 steps with previews, inline and stored "
+        "concepts; a third cancelled, a sixth broken: invalid, too large, no message at all, a "
+        "deadline of milliseconds. Read when no call is under way. The live heap is what malloc "
+        "has given out (Python's objects are in it, PYTHONMALLOC=malloc); resident memory counts "
+        "what the allocator keeps as well. The slope is of a line through the second half of "
+        f"{len(result['samples'])} samples. Goal: no slope of the live heap beyond two standard "
+        "errors.",
+        "",
+        "| | first MB | last MB | bytes a request | standard error | goal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, one in result["slopes"].items():
+        goal = _met(one["is_flat"] or one["bytes_per_request"] < 0) if key == "heap_bytes" else ""
+        lines.append(
+            f"| {names[key]} | {one['first_bytes'] / 2**20:.1f} | {one['last_bytes'] / 2**20:.1f} "
+            f"| {one['bytes_per_request']:+.1f} | {one['standard_error']:.1f} | {goal} |"
+        )
+    ends = ", ".join(f"{name} {number}" for name, number in result["codes"].items())
+    return [*lines, "", f"How they ended: {ends}."]
+
+
+def _met(is_met: bool) -> str:
+    return "met" if is_met else "**missed**"
+
+
+def _shares(values: dict[Any, float]) -> str:
+    return ", ".join(f"{value:g} ({share:.0%})" for value, share in values.items())

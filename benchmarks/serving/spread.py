@@ -1,0 +1,53 @@
+"""Many times in a few numbers, and the line through what should not grow."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Count, median, p10, p90, p99 and largest of some values."""
+    if not values:
+        return {"count": 0}
+    p10, median, p90, p99 = (float(np.percentile(values, share)) for share in (10, 50, 90, 99))
+    return {
+        "count": len(values),
+        "median": median,
+        "p10": p10,
+        "p90": p90,
+        "p99": p99,
+        "max": max(values),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """The least-squares line through points."""
+
+    slope: float
+    intercept: float
+    slope_error: float  # its standard error
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether a slope of zero is within two standard errors."""
+        return abs(self.slope) <= 2.0 * self.slope_error
+
+
+def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
+    """Ordinary least squares; at least three points, not all at one x."""
+    mean_x, mean_y = fmean(x), fmean(y)
+    spread_x = sum((one - mean_x) ** 2 for one in x)
+    if len(x) < 3 or not spread_x:
+        raise ValueError(f"a line and its error need three points at several x, got {len(x)}")
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread_x
+    intercept = mean_y - slope * mean_x
+    residual = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
+    return Line(
+        slope=slope,
+        intercept=intercept,
+        slope_error=math.sqrt(residual / (len(x) - 2) / spread_x),
+    )

@@ -1,0 +1,296 @@
+"""The schedulers that the benchmark compares: all carry out the same requests, and honestly."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.serving.cancel import summary as cancel_summary
+from benchmarks.serving.load_figure import draw_load_figure
+from benchmarks.serving.mix import STEPS, arrival_times, make_concepts, make_requests
+from benchmarks.serving.open_loop import Arrival, Outcome, replay, summary
+from benchmarks.serving.run_to_end import RunToEnd, RunToEndLoop
+from benchmarks.serving.spread import fit_line
+from engine.batching.config import BatcherConfig
+from engine.batching.step_loop import StepLoop
+from engine.errors import InvalidRequest, ShuttingDown
+from engine.requests import GenerationRequest
+from tests.batcher_toy import Clock, Heard, ToyModel, flat, linear, plan, table_of
+from tests.fakes import FakeDenoiser, make_pipeline
+
+OURS, STATIC, ONE_BY_ONE = "step-level", "static batching", "one at a time"
+MAX_IMAGES = 4
+WINDOW_S = 0.005
+
+
+class Rig:
+    """One of the systems on the toy, in open loop; its calls, or an arrival, let time pass."""
+
+    def __init__(self, name: str, **config: Any) -> None:
+        self.clock = Clock()
+        self.model = ToyModel(self.clock, step_ms=linear)
+        given, costs = BatcherConfig(**config), table_of(linear)
+        self.loop: Any
+        if name == OURS:
+            self.loop = StepLoop(self.model, given, costs, clock=self.clock)
+        else:
+            is_static = name == STATIC
+            self.loop = RunToEndLoop(
+                self.model,
+                given,
+                costs,
+                max_images=MAX_IMAGES if is_static else 1,
+                window_s=WINDOW_S if is_static else 0.0,
+                clock=self.clock,
+            )
+
+    def replay(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
+        return replay(
+            self.loop.submit,
+            arrivals,
+            clock=self.clock,
+            wait_until=self._wait_until,
+            wait_for_ends=lambda _ends, _count: self._work_while(lambda: True),
+        )
+
+    def _wait_until(self, moment: float) -> None:
+        self._work_while(lambda: self.clock.now < moment, until=moment)
+        self.clock.now = max(self.clock.now, moment)
+
+    def _work_while(self, goes_on: Callable[[], bool], *, until: float = float("inf")) -> None:
+        while self.loop.has_work and goes_on():
+            wait_s = self.loop.wait_s() if isinstance(self.loop, RunToEndLoop) else 0.0
+            if wait_s:
+                # A little more: sums of times are not exact.
+                self.clock.now = min(self.clock.now + wait_s + 1e-9, until)
+            else:
+                self.loop.tick()
+
+
+def arrivals_of(steps: Sequence[int], *, rate: float, allowed_s: float = 1e6) -> list[Arrival]:
+    times = arrival_times(len(steps), rate, seed=0)
+    return [
+        Arrival(plan=plan(count, seed=index, rows=1 + index % 2), at_s=at_s, allowed_s=allowed_s)
+        for index, (count, at_s) in enumerate(zip(steps, times, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("name", [OURS, STATIC, ONE_BY_ONE])
+@settings(deadline=None, max_examples=60)
+@given(
+    steps=st.lists(st.sampled_from([1, 3, 8]), min_size=1, max_size=30),
+    rate=st.sampled_from([20.0, 100.0, 1000.0]),
+    allowed_s=st.sampled_from([0.01, 0.05, 1e6]),
+    max_queued=st.sampled_from([2, 64]),
+)
+def test_every_request_ends_exactly_once(
+    name: str, steps: list[int], rate: float, allowed_s: float, max_queued: int
+) -> None:
+    rig = Rig(name, max_queued_images=max_queued)
+    outcomes = rig.replay(arrivals_of(steps, rate=rate, allowed_s=allowed_s))
+    assert [one.num_ends for one in outcomes] == [1] * len(steps)
+    assert all(one.ended in ("finished", "refused", "given up") for one in outcomes)
+    assert not rig.model.live, "an image was left in the model"
+    if allowed_s == 1e6 and max_queued == 64:
+        assert all(one.ended == "finished" for one in outcomes)
+
+
+def test_static_batches_are_of_one_kind_run_to_their_end_and_wait_for_a_window() -> None:
+    rig = Rig(STATIC)
+    # Two of three steps arrive 4 ms apart and share a batch; the one of eight steps has its own.
+    times, steps = (0.0, 0.001, 0.004, 0.5), (3, 8, 3, 3)
+    outcomes = rig.replay(
+        [
+            Arrival(plan=plan(count, seed=index, rows=1), at_s=at_s, allowed_s=1e6)
+            for index, (count, at_s) in enumerate(zip(steps, times, strict=True))
+        ]
+    )
+    assert rig.model.calls == [[0, 2]] * 3 + [[1]] * 8 + [[3]] * 3
+    # The window, three calls of two rows and the decoding of two: 5 + 6 + 2 ms.
+    assert outcomes[0].latency_s == pytest.approx(0.013, abs=1e-6)
+    assert outcomes[3].latency_s == pytest.approx(0.005 + 0.004, abs=1e-6)
+
+
+def test_a_full_batch_does_not_wait_and_a_call_has_its_most_rows() -> None:
+    rig = Rig(STATIC, max_batch_rows=6)
+    arrivals = [
+        Arrival(plan=plan(2, seed=index, rows=2), at_s=0.0, allowed_s=1e6) for index in range(8)
+    ]
+    rig.replay(arrivals)
+    assert rig.model.calls == [[0, 1, 2]] * 2 + [[3, 4, 5]] * 2 + [[6, 7]] * 2
+    assert rig.model.most_rows == 6
+
+
+def test_one_at_a_time_is_first_in_first_out() -> None:
+    rig = Rig(ONE_BY_ONE)
+    outcomes = rig.replay(arrivals_of([8, 1, 3, 1], rate=1000.0))
+    assert rig.model.calls == [[0]] * 8 + [[1]] + [[2]] * 3 + [[3]]
+    ends = [one.end_s for one in outcomes]
+    assert ends == sorted(ends)
+
+
+def test_peers_refuse_what_the_work_ahead_makes_impossible() -> None:
+    rig = Rig(ONE_BY_ONE)
+    arrivals = [
+        Arrival(plan=plan(20, seed=0, rows=1), at_s=0.0, allowed_s=1.0),
+        # 21 ms are ahead; its own are 2.
+        Arrival(plan=plan(1, seed=1, rows=1), at_s=0.0, allowed_s=0.010),
+        Arrival(plan=plan(1, seed=2, rows=1), at_s=0.0, allowed_s=0.100),
+    ]
+    assert [one.ended for one in rig.replay(arrivals)] == ["finished", "refused", "finished"]
+
+
+def test_peers_drop_what_is_too_late_when_its_turn_comes() -> None:
+    rig = Rig(ONE_BY_ONE)
+    rig.model.begin_ms = 50.0  # which nobody has predicted
+    arrivals = [
+        Arrival(plan=plan(5, seed=seed, rows=1), at_s=0.0, allowed_s=0.060) for seed in range(2)
+    ]
+    assert [one.ended for one in rig.replay(arrivals)] == ["finished", "given up"]
+    assert rig.model.calls == [[0]] * 5
+
+
+@pytest.mark.parametrize("max_images", [1, 4])
+def test_peers_draw_the_images_that_a_request_has_alone(max_images: int) -> None:
+    pipeline = make_pipeline(FakeDenoiser())
+    plans = [
+        pipeline.plan(
+            GenerationRequest(
+                prompt="a cat",
+                seed=seed,
+                num_inference_steps=2 + 2 * (seed % 2),
+                guidance_scale=1.0 if seed % 3 else 4.0,
+            )
+        )
+        for seed in range(8)
+    ]
+    alone = list[Any]()
+    for one in plans:
+        images = pipeline.begin(one)
+        while not images[0].is_done:
+            pipeline.step(images)
+        alone.append(pipeline.decode(images)[0])
+    scheduler = RunToEnd(pipeline, max_images=max_images, window_s=0.01)
+    heard, over = [Heard() for _ in plans], threading.Semaphore(0)
+    for one, listener in zip(plans, heard, strict=True):
+
+        def listen(event: Any, listener: Heard = listener) -> None:
+            listener(event)
+            if listener.is_over:
+                over.release()
+
+        scheduler.submit(one, listen)
+    for _ in plans:
+        assert over.acquire(timeout=60)
+    scheduler.close()
+    for listener, expected in zip(heard, alone, strict=True):
+        # 8-bit pictures of the same numbers; a batch may round the last bit of a float otherwise.
+        drawn = listener.images[0].image.astype(int)
+        assert np.abs(drawn - expected.astype(int)).max() <= 1
+
+
+def test_a_closed_peer_tells_those_who_wait() -> None:
+    model = ToyModel(Clock(), step_ms=flat)
+    scheduler = RunToEnd(model, costs=table_of(flat), max_images=4, window_s=1e6)
+    heard = Heard()
+    scheduler.submit(plan(1), heard)
+    scheduler.close()
+    assert isinstance(heard.error, ShuttingDown)
+    with pytest.raises(InvalidRequest, match="one image a request"):
+        scheduler.submit(plan(1, num_images=2), heard)
+
+
+def test_a_failing_call_ends_its_batch_alone() -> None:
+    rig = Rig(STATIC)
+    rig.model.broken_seeds = {1}
+    outcomes = rig.replay(arrivals_of([3, 3, 8], rate=1000.0))
+    assert [one.ended for one in outcomes] == ["failed", "failed", "finished"]
+
+
+def test_another_load_is_the_same_requests_at_times_that_are_stretched() -> None:
+    slow, fast = (arrival_times(50, rate, seed=3) for rate in (2.0, 8.0))
+    np.testing.assert_allclose(slow, 4.0 * np.array(fast))
+    assert slow == sorted(slow)
+    assert arrival_times(50, 2.0, seed=3) == slow != arrival_times(50, 2.0, seed=4)
+    # Poisson: 20,000 gaps have the mean and the standard deviation 1 / rate; theirs err by 1 %.
+    gaps = np.diff(arrival_times(20_001, 5.0, seed=0))
+    np.testing.assert_allclose([gaps.mean(), gaps.std()], 0.2, rtol=0.05)
+
+
+def test_the_mix_has_its_shares_exactly() -> None:
+    requests = make_requests(100, make_concepts(8), seed=1)
+    steps = [request.num_inference_steps for request in requests]
+    assert {count: steps.count(count) / 100 for count in STEPS} == pytest.approx(STEPS)
+    assert all(("<x" in one.prompt) == bool(one.concepts) for one in requests)
+
+
+def test_latency_counts_from_when_a_request_was_due() -> None:
+    rig = Rig(ONE_BY_ONE)
+    arrivals = arrivals_of([3, 3], rate=1000.0)
+
+    def late_submit(*words: Any, **named: Any) -> Any:
+        rig.clock.pass_ms(100.0)
+        return rig.loop.submit(*words, **named)
+
+    outcomes = replay(
+        late_submit, arrivals, clock=rig.clock, wait_until=rig._wait_until,
+        wait_for_ends=lambda _ends, _count: rig._work_while(lambda: True),
+    )  # fmt: skip
+    assert all(one.latency_s > 0.1 for one in outcomes)
+    assert summary([outcomes])["latency_ms"]["count"] == 2
+
+
+def test_goodput_leaves_out_what_came_too_late() -> None:
+    arrivals = arrivals_of([3] * 20, rate=100.0, allowed_s=0.05)
+    outcomes = [
+        Outcome(arrival=a, end_s=a.at_s + (0.01 if n % 2 else 0.06), ended="finished", num_ends=1)
+        for n, a in enumerate(arrivals)
+    ]
+    point = summary([outcomes])
+    assert point["requests"] == 18  # the first tenth is the warm-up
+    assert point["in_time_share"] == 0.5
+    assert point["goodput_per_s"] < 0.75 * point["images_per_s"]
+
+
+def test_line_and_its_error_are_those_of_numpy() -> None:
+    random = np.random.default_rng(0)
+    x = np.arange(20.0) * 250.0
+    y = 5e7 + 3.0 * x + random.normal(0.0, 1e4, 20)
+    (slope, intercept), covariance = np.polyfit(x, y, 1, cov=True)
+    line = fit_line(list(x), list(y))
+    np.testing.assert_allclose([line.slope, line.intercept], [slope, intercept], rtol=1e-6)
+    np.testing.assert_allclose(line.slope_error, np.sqrt(covariance[0, 0]), rtol=1e-6)
+    assert line.is_flat == (abs(slope) <= 2.0 * line.slope_error)
+    assert not fit_line(list(x), list(y + 100.0 * x)).is_flat
+    with pytest.raises(ValueError, match="three points"):
+        fit_line([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
+
+
+def test_cancel_counts_the_calls_that_were_under_way_and_those_begun_afterwards() -> None:
+    calls = [
+        ("step", 0.0, 1.0, [1]),
+        ("step", 1.0, 2.0, [1]),  # under way at the cancel, at 1.5
+        ("step", 2.0, 3.0, [1, 2]),  # begun before the server had heard of it
+        ("release", 3.0, 3.1, [1]),
+        ("step", 3.1, 4.0, [2]),
+    ]
+    found = cancel_summary({1: 1.5, 2: 9.0}, calls)
+    assert (found["cancelled"], found["done_before"]) == (1, 1)
+    assert found["slot_free_ms"]["max"] == pytest.approx(1500.0)
+    assert found["calls_until_free"]["max"] == 2
+    assert found["calls_begun_with_it_afterwards"]["max"] == 1
+
+
+def test_figure_shows_each_system() -> None:
+    point = {"latency_ms": {"count": 1, "median": 100.0, "p99": 900.0}, "goodput_per_s": 2.0}
+    loads = {load: {OURS: point, STATIC: point, ONE_BY_ONE: point} for load in ("0.5", "1", "1.2")}
+    one = np.asarray(draw_load_figure(loads))
+    loads["1"] = {**loads["1"], STATIC: {**point, "goodput_per_s": 1.0}}
+    other = np.asarray(draw_load_figure(loads))
+    # Only the panel of the goodput has changed.
+    changed = np.flatnonzero((one != other).any(axis=(0, 2)))
+    assert len(changed) and changed.min() > 850
