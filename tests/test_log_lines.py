@@ -11,9 +11,11 @@ from grpc import StatusCode
 
 from engine.faults import describe_fault
 from engine.operations.log_lines import LineFormatter
+from engine.operations.logs import configure_logging
 from tests import security_setup, service_harness
 from tests.security_setup import Secured
 from tests.service_harness import Harness, details, kinds, make_concept
+from tests.soak.http2 import DATA, END_STREAM, connected, frame, message, opened
 
 # Fixtures.
 start_server, served = service_harness.start_server, service_harness.served
@@ -69,6 +71,22 @@ async def test_what_went_wrong_is_in_the_log_at_debug(
     assert "of the device" in caplog.text
     served.denoiser.error = None
     assert kinds(await served.generate(prompt="a cat"))[-1] == "summary"
+
+
+async def test_a_header_that_is_no_text_is_not_logged(served: Harness) -> None:
+    """gRPC itself logs the bytes of such a header, a token with a slip among them, with a
+    traceback. No client library sends one, so this writes the frames of HTTP/2."""
+    stream = io.StringIO()
+    handler = configure_logging("text", stream)
+    try:
+        async with connected(served.address, None) as wire:
+            secret = ("authorization", SECRET.encode() + b"\xff")
+            await wire.send(opened(1, "/oneword.v1.ServerInfoService/GetServerInfo", secret))
+            await wire.send(frame(DATA, END_STREAM, 1, message(b"")))
+            await wire.until_end_of(1)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert SECRET not in stream.getvalue() and "Traceback" not in stream.getvalue()
 
 
 async def test_headers_and_hashes_are_not_logged(secured: Secured, log: io.StringIO) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import logging
 
 import grpc
 import grpc.aio
@@ -20,6 +21,7 @@ from protos.oneword.v1.generation_pb2 import GenerateRequest
 from protos.oneword.v1.generation_pb2_grpc import ImageGenerationServiceStub
 from tests import service_harness
 from tests.fakes import WAIT_S
+from tests.operations_setup import ended
 from tests.service_harness import (
     DEFAULTS,
     Harness,
@@ -30,6 +32,8 @@ from tests.service_harness import (
     make_concept,
     pixels,
 )
+from tests.soak.http2 import DATA, END_STREAM, connected, frame, opened, settings
+from tests.soak.http2 import message as framed
 
 # Fixtures.
 start_server, served = service_harness.start_server, service_harness.served
@@ -240,4 +244,25 @@ async def test_a_caller_that_does_not_read_is_dropped(start_server: StartServer)
                 pass
     assert caught.value.code() == StatusCode.CANCELLED
     assert "nothing was read for 0.2 s" in (caught.value.details() or "")
+    assert kinds(await served.generate(prompt="a cat"))[-1] == "summary"
+
+
+async def test_a_caller_that_vanishes_while_it_is_dropped_is_no_error(
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The status of a call waits behind the message that is not read, and is never sent."""
+    served = await start_server(stall_timeout_s=0.1)
+    request = GenerateRequest(prompt="a cat", num_inference_steps=4).SerializeToString()
+    with caplog.at_level(logging.INFO):
+        async with connected(served.address, None) as wire:
+            await wire.send(settings(s4=0))  # a window that takes nothing
+            await wire.send(opened(1, "/oneword.v1.ImageGenerationService/Generate"))
+            await wire.send(frame(DATA, END_STREAM, 1, framed(request)))
+            while not served.server.operations.calls_in_flight:
+                await asyncio.sleep(0.005)
+            assert await served.is_idle()  # dropped
+            assert served.server.operations.calls_in_flight == 1  # and not told yet
+            wire.reset()
+            await ended(served)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert kinds(await served.generate(prompt="a cat"))[-1] == "summary"

@@ -28,6 +28,18 @@ class CallFilter(logging.Filter):
         return True
 
 
+class HeaderFilter(logging.Filter):
+    """Leaves out what gRPC says of a header that is no UTF-8: the header, and a traceback.
+
+    It may be a token with a slip in it, and anybody can send as many as he likes.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (
+            record.name.startswith("grpc.") and str(record.msg).startswith("Invalid encoding")
+        )
+
+
 class CallFormatter(LineFormatter):
     """A line of text; in brackets, to whom it belongs."""
 
@@ -70,6 +82,7 @@ def configure_logging(log_format: LogFormat, stream: Any = None) -> logging.Hand
     """Send the log of this process to stderr in one of the two formats; returns the handler."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.addFilter(CallFilter())
+    handler.addFilter(HeaderFilter())
     handler.setFormatter(
         JsonFormatter()
         if log_format == "json"

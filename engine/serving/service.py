@@ -26,6 +26,7 @@ from engine.prompt_syntax import MAX_PROMPT_CHARACTERS
 from engine.requests import MAX_PRIORITY, MAX_REQUEST_ID_CHARACTERS
 from engine.samplers import MAX_INFERENCE_STEPS
 from engine.security.callers import current_caller
+from engine.security.handlers import end_with, unless_gone
 from engine.serving.batch_calls import MAX_BATCH_REQUESTS, Follow, answer_batch, check_batch
 from engine.serving.generation import Generation, collect
 from engine.serving.runtime import Runtime
@@ -60,14 +61,15 @@ async def guarded(context: Context) -> AsyncGenerator[str]:
         if is_internal(error):
             log_fault(logger, error, "request %s failed", request_id)
         status = status_of(error, request_id)
-        await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+        await end_with(context, status)
 
 
 async def write_in_time(context: Context, response: Message, stall_timeout_s: float) -> None:
     """Send a message of a stream; a caller that does not take it in time is dropped."""
     try:
         async with asyncio.timeout(stall_timeout_s):
-            await context.write(response)
+            with unless_gone():
+                await context.write(response)
     except TimeoutError:
         raise Cancelled(
             f"nothing was read for {stall_timeout_s:g} s; the request was dropped"
