@@ -1,10 +1,11 @@
-# setup, demo, test: what a newcomer needs. protos, check, bench: what a change needs. model: a test of the recipe.
+# setup, demo, test: what a newcomer needs. protos, check, bench, bench-serving, soak: what a change needs. model: a test of the
+# recipe.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo protos check test bench model clean
+.PHONY: setup demo protos protos-release check test soak bench bench-serving model clean
 
 setup: $(INSTALLED)
 
@@ -22,18 +23,31 @@ demo: setup
 protos: setup
 	$(BIN)/python -m protos.generate
 
+# At a release, and only then: from now on `make check` holds the API to what it is at this moment.
+protos-release: setup
+	$(BIN)/buf build protos --exclude-source-info -o protos/released.binpb
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against protos/released.binpb
 	$(BIN)/python -m protos.generate --check
 
 test: setup
 	$(BIN)/python -m pytest
 
+# Attacks on a server for ten minutes: docs/attacks.md.
+soak: setup
+	$(BIN)/python -m tests.soak
+
 bench: setup
 	$(BIN)/python -m benchmarks.run
+
+# About 25 minutes on two cores with nothing else to do; goes on where it was stopped.
+bench-serving: setup
+	$(BIN)/python -m benchmarks.serving
 
 # The recipe of the embedded model in toy size; the icons come from npm.
 model: setup

@@ -69,6 +69,8 @@ class Concept:
     learned_embeddings_2: Float32[np.ndarray, "num_vectors_2 dim_2"] | None = None
     embedding_fingerprint: str = ""  # of the first encoder; "" where the origin does not say
     metadata: Mapping[str, str] = field(default_factory=dict)
+    # In the concept store that it was loaded from; 0: from none. No file has it.
+    version: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         check_placeholder_token(self.placeholder_token)

@@ -6,6 +6,7 @@
     |   `-- PromptTooLong       the prompt needs more chunks than the server allows
     |-- UnknownConcept          a name that no stored or inline concept has
     |-- UnknownTraining         an id that no training has
+    |-- UnknownBundle           a name that no bundle has which could be put in service
     |-- ConceptExists           the placeholder is taken by other vectors
     |-- StaleEtag               the name has changed since the caller looked at it
     |-- ConceptMismatch         a sound concept that belongs to another model
@@ -21,7 +22,9 @@
     |-- WorkerDied              the model's process ended under a call; it is started again
     |-- NumericalError          the model produced NaN or infinite values
     |-- BundleError             the bundle on disk is missing, broken, or of another version
+    |-- BundlesUnavailable      this server has no bundles to choose from
     |-- DeploymentFailed        a new bundle could not take over; the old one goes on serving
+    |   `-- DeploymentUnderWay  another one is being put in service
     |-- StoreError              what is stored cannot be read or written now
     |   |-- StorageFull         no room on the disk
     |   |   `-- TenantFull      no room in the share of a tenant
@@ -88,6 +91,14 @@ class UnknownJob(EngineError):
     def __init__(self, message: str, *, job_id: str) -> None:
         super().__init__(message)
         self.job_id = job_id
+
+
+class UnknownBundle(EngineError):
+    """No bundle that could be put in service has this name."""
+
+    def __init__(self, message: str, *, bundle_name: str) -> None:
+        super().__init__(message)
+        self.bundle_name = bundle_name
 
 
 class JobNotEnded(EngineError):
@@ -175,6 +186,14 @@ class BundleError(EngineError):
 
 class DeploymentFailed(EngineError):
     """A new bundle could not take over from the one in service, which goes on serving."""
+
+
+class DeploymentUnderWay(DeploymentFailed):
+    """Another bundle is being put in service, and there is memory for two models at most."""
+
+
+class BundlesUnavailable(EngineError):
+    """This server has no folder of bundles to choose from, or cannot read it."""
 
 
 class StoreError(EngineError):

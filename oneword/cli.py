@@ -1,4 +1,4 @@
-"""The command `oneword`: learn, evaluate, serve, status, top, generate, jobs, concepts, ...
+"""The command `oneword`: learn, evaluate, serve, deploy, status, top, generate, jobs, concepts, ...
 
 Only the command that was asked for is imported: a client needs neither PyTorch nor ONNX Runtime.
 """
@@ -23,12 +23,13 @@ COMMANDS = {
     "learn": ("trainer.cli", "learn a word from a folder of images"),
     "evaluate": ("trainer.evaluate_cli", "measure how faithful and editable learned words are"),
     "serve": ("oneword.serve", "serve a bundle over gRPC"),
+    "deploy": ("oneword.deploy", "put another bundle in service while a server serves"),
     "status": ("oneword.status", "say whether a server serves, what it is and how busy"),
     "top": ("oneword.top", "watch what a server does"),
     "generate": ("oneword.generate", "draw images, from a server or in this process"),
     "jobs": ("oneword.jobs", "have a server draw images later: submit, watch, get, cancel"),
     "trainings": ("oneword.trainings", "have a server learn words: create, watch, list, cancel"),
-    "concepts": ("oneword.concepts", "import, list, show, export and delete learned words"),
+    "concepts": ("oneword.concepts", "import, list, show, export, alias, delete learned words"),
     "tokens": ("oneword.tokens", "say who may call a server: create, list and revoke tokens"),
     "keys": ("oneword.keys", "make keys that sign bundles, sign and verify"),
     "demo": ("oneword.demo", "teach the embedded model a word, serve it, draw a contact sheet"),

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC
 from pathlib import Path
 
 from engine.concepts import Concept, concept_from_bytes, concept_to_bytes
@@ -13,6 +12,7 @@ from engine.dialects.readers import TORCH_SUFFIXES, read_concepts
 from engine.dialects.writers import DIALECTS, NAMED_BY_FILE, write_dialect
 from engine.errors import InvalidRequest
 from engine.printing import printable
+from oneword.concept_versions import add_actions, add_etag, time_of
 from oneword.connection import add_server_arguments, connect
 from protos.oneword.v1 import concepts_pb2
 
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_export(actions.add_parser("export", help="write a concept file in another format"))
     delete = actions.add_parser("delete", help="remove a stored concept")
     delete.add_argument("placeholder_token", metavar="NAME")
+    add_etag(delete)
     _add(delete, _delete)
+    add_actions(actions)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +48,8 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="of any tool: docs/concepts.md lists them")
     _add_text_encoder_2(parser)
     parser.add_argument("--placeholder-token", metavar="NAME", help="store it under this name")
-    parser.add_argument("--overwrite", action="store_true", help="replace other vectors")
+    parser.add_argument("--overwrite", action="store_true", help="publish a new version of it")
+    add_etag(parser)
     _add(parser, _import)
 
 
@@ -75,10 +78,17 @@ def _import(arguments: argparse.Namespace) -> None:
         placeholder_token=arguments.placeholder_token,
         path_2=arguments.text_encoder_2,
     )
+    if arguments.etag and len(concepts) > 1:
+        raise InvalidRequest(
+            f"--etag is that of one name, {arguments.file} holds {len(concepts)} concepts; import "
+            "it without, or split it with `oneword concepts export --only NAME`",
+            field="etag",
+        )
     with connect(arguments) as client:
         for concept in concepts:
-            content = concept_to_bytes(concept)
-            reply = client.import_concept(content, overwrite=arguments.overwrite)
+            reply = client.import_concept(
+                concept_to_bytes(concept), overwrite=arguments.overwrite, etag=arguments.etag
+            )
             state = "stored" if reply.changed else "was there already"
             token, concept_id = printable(reply.concept.placeholder_token), reply.concept.concept_id
             print(f"{token} {printable(concept_id[:12])} {state}")
@@ -89,12 +99,8 @@ def _list(arguments: argparse.Namespace) -> None:
         for concept in client.list():
             print(
                 f"{printable(concept.placeholder_token):<24} {printable(concept.concept_id[:12])} "
-                f"{concept.num_vectors:>3} x {concept.dim:<5} {_time_of(concept)}"
+                f"{concept.num_vectors:>3} x {concept.dim:<5} {time_of(concept)}"
             )
-
-
-def _time_of(concept: concepts_pb2.Concept) -> str:
-    return concept.import_time.ToDatetime(UTC).astimezone().isoformat(" ", "seconds")
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -109,11 +115,21 @@ def _show(arguments: argparse.Namespace) -> None:
     _refuse_options_of_files(arguments.concept, arguments.text_encoder_2)
     with connect(arguments) as client:
         stored = client.get(arguments.concept)
-    _print_concept(stored, f"{stored.num_vectors} x {stored.dim}", dict(stored.metadata))
+    in_store = {
+        "version": str(stored.version),
+        "aliases": ", ".join(stored.aliases) or "none",
+        "stored": time_of(stored),
+        "etag": stored.etag,
+    }
+    vectors = f"{stored.num_vectors} x {stored.dim}"
+    _print_concept(stored, vectors, dict(stored.metadata), in_store)
 
 
 def _print_concept(
-    concept: Concept | concepts_pb2.Concept, vectors: str, metadata: Mapping[str, str]
+    concept: Concept | concepts_pb2.Concept,
+    vectors: str,
+    metadata: Mapping[str, str],
+    in_store: Mapping[str, str] | None = None,
 ) -> None:
     _print_fields(
         {
@@ -121,6 +137,7 @@ def _print_concept(
             "concept_id": concept.concept_id,
             "vectors": vectors,
             "embedding_fingerprint": concept.embedding_fingerprint or "unknown",
+            **(in_store or {}),
             **{f"metadata.{name}": value for name, value in sorted(metadata.items())},
         }
     )
@@ -188,5 +205,5 @@ def _only(concepts: Sequence[Concept], wanted: str | None, source: str) -> Conce
 
 def _delete(arguments: argparse.Namespace) -> None:
     with connect(arguments) as client:
-        client.delete(arguments.placeholder_token)
+        client.delete(arguments.placeholder_token, etag=arguments.etag)
     print(f"{arguments.placeholder_token} deleted")

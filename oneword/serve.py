@@ -17,6 +17,8 @@ from oneword.config_flags import Flag, add_config_flags, given_settings
 # The settings that have a flag; the file has all of them (examples/server.toml).
 _FLAGS: dict[str, str | Flag] = {
     "bundle": "folder by build_engines.py",
+    "bundle_dir": "folder of bundles from which `oneword deploy` puts one in service by name; "
+    "without it none can be",
     "listen": "address to listen on; port 0 takes a free one",
     "insecure": "listen beyond this machine without TLS, or without authentication",
     "concept_dir": "folder of the stored concepts; without it they are forgotten at the end",

@@ -19,12 +19,18 @@ from grpc import StatusCode
 from grpc_status import rpc_status
 
 from engine.client import AsyncClient, Client
-from protos.oneword.v1 import concepts_pb2, generation_pb2, server_info_pb2, training_pb2
+from protos.oneword.v1 import (
+    admin_pb2,
+    concepts_pb2,
+    generation_pb2,
+    server_info_pb2,
+    training_pb2,
+)
 from protos.oneword.v1.generation_pb2 import GenerateRequest, GenerateResponse, Job
 
 WAIT_S = 20.0  # for what takes milliseconds, on a machine that has other things to do
 Behaviour = Callable[[Any, grpc.ServicerContext], Iterable[Message]]
-_FILES = (generation_pb2, concepts_pb2, server_info_pb2, training_pb2)
+_FILES = (generation_pb2, concepts_pb2, server_info_pb2, training_pb2, admin_pb2)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,13 @@ from engine.serving.server import Server
 from engine.serving.server_config import ServerConfig
 from engine.store.concept_store import ConceptStore
 from engine.training.config import TrainingConfig
-from protos.oneword.v1 import concepts_pb2, generation_pb2, server_info_pb2, training_pb2
+from protos.oneword.v1 import (
+    admin_pb2,
+    concepts_pb2,
+    generation_pb2,
+    server_info_pb2,
+    training_pb2,
+)
 from tests.fakes import WAIT_S, FakeDenoiser, make_pipeline
 from tests.service_harness import make_concept
 from tests.training_harness import IMAGES, SCRIPTED, save_embeddings
@@ -170,6 +176,22 @@ _METHODS: dict[str, tuple[tuple[Message, ...], Any]] = {
         (_C.DeleteConceptRequest(placeholder_token="<cat-toy>"),),
         _C.DeleteConceptResponse,
     ),
+    "/oneword.v1.ConceptService/UndeleteConcept": (
+        (_C.UndeleteConceptRequest(placeholder_token="<cat-toy>"),),
+        _C.UndeleteConceptResponse,
+    ),
+    "/oneword.v1.ConceptService/ListConceptVersions": (
+        (_C.ListConceptVersionsRequest(placeholder_token="<cat-toy>"),),
+        _C.ListConceptVersionsResponse,
+    ),
+    "/oneword.v1.ConceptService/SetConceptAlias": (
+        (_C.SetConceptAliasRequest(placeholder_token="<cat-toy>", alias="stable"),),
+        _C.SetConceptAliasResponse,
+    ),
+    "/oneword.v1.ConceptService/DeleteConceptAlias": (
+        (_C.DeleteConceptAliasRequest(placeholder_token="<cat-toy>", alias="stable"),),
+        _C.DeleteConceptAliasResponse,
+    ),
     "/oneword.v1.ConceptService/ExportConcept": (
         (_C.ExportConceptRequest(placeholder_token="<cat-toy>"),),
         _C.ExportConceptResponse,
@@ -197,6 +219,18 @@ _METHODS: dict[str, tuple[tuple[Message, ...], Any]] = {
     "/oneword.v1.TrainingService/DeleteTraining": (
         (_T.DeleteTrainingRequest(training_id=_NO_ID),),
         _T.DeleteTrainingResponse,
+    ),
+    "/oneword.v1.AdminService/ListBundles": (
+        (admin_pb2.ListBundlesRequest(),),
+        admin_pb2.ListBundlesResponse,
+    ),
+    "/oneword.v1.AdminService/DeployBundle": (
+        (admin_pb2.DeployBundleRequest(bundle_name="other"),),
+        admin_pb2.DeployBundleResponse,
+    ),
+    "/oneword.v1.AdminService/GetDeployment": (
+        (admin_pb2.GetDeploymentRequest(),),
+        admin_pb2.GetDeploymentResponse,
     ),
     "/oneword.v1.ServerInfoService/GetServerInfo": (
         (server_info_pb2.GetServerInfoRequest(),),

@@ -23,6 +23,7 @@ from engine.security.credentials import Credential
 from engine.security.method_scopes import HEALTH, REFLECTION, SCOPE
 from engine.security.rate_limits import Quota, TokenBucket
 from protos.oneword.v1 import (
+    admin_pb2,
     concepts_pb2,
     generation_pb2,
     server_info_pb2,
@@ -54,7 +55,7 @@ UNKNOWN = (
 def registered_methods() -> set[str]:
     services = [
         service
-        for file in (generation_pb2, concepts_pb2, server_info_pb2, training_pb2)
+        for file in (generation_pb2, concepts_pb2, server_info_pb2, training_pb2, admin_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
     ]
     return {

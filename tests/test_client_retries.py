@@ -402,6 +402,19 @@ async def test_what_is_gone_after_a_lost_answer_was_deleted(
             await caller.call(lambda client: client.delete("<cat>"))
 
 
+@pytest.mark.parametrize(("reason", "attempts"), [("STALE_ETAG", 1), ("", 5)])
+async def test_an_etag_of_before_does_not_become_right_by_waiting(
+    kind: str, serve: Serve, reason: str, attempts: int
+) -> None:
+    info = error_details_pb2.ErrorInfo(reason=reason)
+    server = serve(DeleteConceptAlias=[fail(StatusCode.ABORTED, "no", info)])
+    async with calling(kind, server.address, fake=FakeTime()) as caller:
+        with pytest.raises(ServerError) as caught:
+            await caller.call(lambda client: client.delete_alias("<cat>", "stable", etag="e"))
+    assert (caught.value.code, caught.value.attempts) == (StatusCode.ABORTED, attempts)
+    assert server.requests("DeleteConceptAlias")[0].etag == "e"
+
+
 # Nobody there
 
 

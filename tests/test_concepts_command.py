@@ -82,3 +82,9 @@ def test_the_command_imports_every_concept_as_safetensors(
     assert_holds(sent[0], "<a>", VECTORS)
     assert_holds(sent[1], "<b>", VECTORS + 1)
     assert capsys.readouterr().out.count("stored") == 2
+
+
+def test_an_etag_is_that_of_one_name(tmp_path: Path) -> None:
+    path = save_torch({"<a>": VECTORS, "<b>": VECTORS + 1}, tmp_path / "x.bin")
+    with pytest.raises(InvalidRequest, match="--etag is that of one name, .* holds 2 concepts"):
+        oneword("import", path, "--etag", "e")

@@ -48,6 +48,49 @@ def test_buf_lint_is_clean() -> None:
     assert (result.returncode, result.stdout) == (0, "")
 
 
+def buf_breaking(root: Path) -> subprocess.CompletedProcess[str]:
+    """As `make check` runs it, of the protos under `root`; needs no history and no network."""
+    buf = Path(sys.executable).parent / "buf"
+    if not buf.exists():
+        pytest.skip("buf-bin is not installed")
+    against = ("--against", ROOT / "protos" / "released.binpb")
+    return subprocess.run(
+        [buf, "breaking", "protos", *against], cwd=root, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_api_breaks_nothing_that_was_released() -> None:
+    result = buf_breaking(ROOT)
+    assert (result.returncode, result.stdout) == (0, "")
+    makefile = (ROOT / "Makefile").read_text()
+    assert "buf breaking protos --against protos/released.binpb" in makefile
+
+
+# A line of concepts.proto, what somebody might make of it, and what buf says to that.
+BREAKS = (
+    ("  string concept_id = 2;\n", "", 'field "2" with name "concept_id" on message "Concept"'),
+    ("  uint32 dim = 4;\n", "  uint32 width = 4;\n", 'from "dim" to "width"'),
+    ("  bytes content = 1;\n", "  string content = 1;\n", 'from "bytes" to "string"'),
+    ("  CONCEPT_FORMAT_ONEWORD = 1;\n", "  CONCEPT_FORMAT_ONEWORD = 3;\n", 'enum value "1"'),
+    ("  rpc ListConcepts(", "  rpc ListAll(", 'RPC "ListConcepts" on service'),
+)
+
+
+def test_a_change_that_would_break_a_client_is_found(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "protos", tmp_path / "protos")
+    shutil.copy(ROOT / "buf.yaml", tmp_path)
+    path = tmp_path / "protos" / "oneword" / "v1" / "concepts.proto"
+    text = path.read_text()
+    for line, instead, _ in BREAKS:
+        assert line in text
+        text = text.replace(line, instead, 1)
+    path.write_text(text)
+    result = buf_breaking(tmp_path)
+    assert result.returncode == 100
+    for *_, complaint in BREAKS:
+        assert complaint in result.stdout
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.proto")), ids=lambda path: path.name)
 def test_every_field_has_a_comment(path: Path) -> None:
     lines = path.read_text().splitlines()

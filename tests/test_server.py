@@ -146,6 +146,7 @@ async def test_reflection_describes_every_service(address: str) -> None:
         "oneword.v1.ConceptService",
         "oneword.v1.ServerInfoService",
         "oneword.v1.TrainingService",
+        "oneword.v1.AdminService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

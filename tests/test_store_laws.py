@@ -200,6 +200,25 @@ def test_alias_that_could_be_something_else_is_refused(store: ConceptStore, alia
         store.set_alias("<c>", alias)
 
 
+def test_versions_come_in_pages_with_their_aliases(store: ConceptStore) -> None:
+    publish(store, 1.0, 2.0, 3.0, 4.0)
+    publish(store, 1.0, token="<d>")
+    publish(store, 5.0, tenant="other")
+    for alias, version in (("stable", 2), ("canary", 3), ("old", 2)):
+        store.set_alias("<c>", alias, version=version)
+    store.set_alias("<d>", "stable")
+    store.set_alias("<c>", "stable", tenant="other")
+    first = store.versions("<c>", limit=2)
+    second = store.versions("<c>", below=first[-1].version, limit=9)
+    assert [stored.version for stored in (*first, *second)] == [4, 3, 2, 1]
+    assert store.versions("<c>", below=1) == ()
+    pages = [*first, *second, store.get("<d>")]
+    assert store.aliases_of(pages) == [(), ("canary",), ("old", "stable"), (), ("stable",)]
+    assert store.aliases_of([]) == []
+    loaded = store.find_by_token("<c>@stable")
+    assert (loaded.version, store.find_by_token("<c>").version) == (2, 4)
+
+
 def test_alias_of_what_is_not_there_is_unknown(store: ConceptStore) -> None:
     publish(store, 1.0)
     for name, version in (("<d>", None), ("<c>", 2), ("<c>", -1), ("<c>", 1 << 70)):
@@ -259,6 +278,24 @@ def test_stale_etag_is_refused_and_changes_nothing(store: ConceptStore) -> None:
         store.import_concept(make_concept("<c>", 2.0), overwrite=True, etag=new.etag)
 
 
+def test_what_is_there_already_needs_no_etag(store: ConceptStore) -> None:
+    """A change whose answer was lost is asked for again, with an etag of before it."""
+    publish(store, 1.0)
+    old = store.get("<c>").etag
+    for _ in range(2):
+        store.import_concept(make_concept("<c>", 2.0), overwrite=True, etag=old)
+    old, number = store.get("<c>").etag, store.get("<c>").version
+    for _ in range(2):
+        assert store.set_alias("<c>", "stable", version=1, etag=old).version == 1
+    assert (number, store.get("<c>").version) == (2, 2)
+    old = store.get("<c>").etag
+    store.delete_alias("<c>", "stable", etag=old)
+    with pytest.raises(UnknownConcept):
+        store.delete_alias("<c>", "stable", etag=old)
+    with pytest.raises(StaleEtag):
+        store.set_alias("<c>", "stable", version=1, etag=old)
+
+
 def test_one_of_many_that_change_by_the_same_etag_wins(open_store: OpenStore) -> None:
     stores = [open_store(), open_store()]
     publish(stores[0], 0.0)
@@ -306,6 +343,69 @@ def test_deleted_concept_is_had_by_its_digest_until_collected(open_store: OpenSt
             store.find_by_id(concept_id)
     with pytest.raises(UnknownConcept):
         store.delete("<c>")
+
+
+def test_undeleted_concept_is_what_it_was(open_store: OpenStore) -> None:
+    clock = Clock()
+    store = open_store(clock, kept_versions=2)
+    publish(store, 1.0, 2.0, 3.0)  # the first is retired
+    store.set_alias("<c>", "stable", version=2)
+    clock.advance(-HOUR_S)  # another server's clock, which lags behind
+    etag = store.get("<c>").etag
+    store.delete("<c>")
+    clock.advance(2 * HOUR_S)
+    store = open_store(clock, kept_versions=2)
+    back = store.undelete("<c>")
+    assert (back.version, back.retired_time) == (3, None)
+    assert back.etag != etag
+    assert [stored.version for stored in store.versions("<c>")] == [3, 2]
+    assert store.aliases("<c>") == {"stable": 2}
+    assert [value_of(store, of) for of in ("<c>", "<c>@2", "<c>@stable")] == [3.0, 2.0, 2.0]
+    clock.advance(2 * DAY_S)
+    assert store.collect().num_versions == 1
+    publish(store, 4.0)
+    assert store.get("<c>").version == 4
+
+
+def test_undeleting_what_is_not_deleted_is_refused(open_store: OpenStore) -> None:
+    clock = Clock()
+    store = open_store(clock, max_concepts_per_tenant=1)
+    publish(store, 1.0)
+    store.set_alias("<c>", "stable")
+    with pytest.raises(ConceptExists, match="'<c>' is not deleted"):
+        store.undelete("<c>")
+    for name in ("<d>", "<c>@1", "a\0b"):
+        with pytest.raises(UnknownConcept):
+            store.undelete(name)
+    store.delete("<c>")
+    with pytest.raises(UnknownConcept):
+        store.undelete("<c>", tenant="other")
+    publish(store, 2.0, token="<d>")
+    with pytest.raises(TenantFull, match="1 concepts are stored"):
+        store.undelete("<c>")
+    store.delete("<d>")
+    publish(store, 3.0)  # in place of what was deleted
+    with pytest.raises(ConceptExists):
+        store.undelete("<c>")
+    assert store.aliases("<c>") == {}
+    store.delete("<c>")
+    clock.advance(DAY_S)
+    store.collect()
+    with pytest.raises(UnknownConcept):
+        store.undelete("<c>")
+
+
+def test_aliases_do_not_outlive_a_collected_name(open_store: OpenStore) -> None:
+    clock = Clock()
+    store = open_store(clock)
+    publish(store, 1.0)
+    store.set_alias("<c>", "stable")
+    store.delete("<c>")
+    clock.advance(DAY_S)
+    store.collect()
+    publish(store, 2.0)
+    assert_unknown(store, "<c>@stable")
+    assert store.aliases_of([store.get("<c>")]) == [()]
 
 
 def test_versions_are_numbered_on_while_an_old_one_can_be_had(open_store: OpenStore) -> None:

@@ -39,6 +39,7 @@ class Name:
     values: dict[int, float] = field(default_factory=dict[int, float])  # of what is not collected
     retired: dict[int, float] = field(default_factory=dict[int, float])  # when
     aliases: dict[str, int] = field(default_factory=dict[str, int])
+    deleted: tuple[list[int], dict[str, int]] | None = None  # versions and aliases of before
     latest: int | None = None
     last: int = 0
 
@@ -47,7 +48,7 @@ class Name:
 
     def publish(self, value: float) -> None:
         self.last += 1
-        self.latest = self.last
+        self.latest, self.deleted = self.last, None
         self.values[self.last] = value
 
     def retire(self, versions: list[int], now: float) -> None:
@@ -147,8 +148,22 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.delete(token, tenant=tenant)
             return
         self.store.delete(token, tenant=tenant)
+        name.deleted = name.live(), name.aliases
         name.retire(name.live(), self.clock.now)
         name.latest, name.aliases = None, {}
+
+    @rule(tenant=TENANTS, token=NAMES)
+    def undelete(self, tenant: str, token: str) -> None:
+        name = self.names.get((tenant, token))
+        if name is None or name.deleted is None:
+            with pytest.raises(UnknownConcept if name is None else ConceptExists):
+                self.store.undelete(token, tenant=tenant)
+            return
+        versions, name.aliases = name.deleted
+        assert self.store.undelete(token, tenant=tenant).version == versions[0]
+        name.latest, name.deleted = versions[0], None
+        for version in versions:
+            del name.retired[version]
 
     @precondition(lambda self: self.etags)
     @rule(token=NAMES, tenant=TENANTS, value=VALUES)
@@ -158,7 +173,9 @@ class StoreMachine(RuleBasedStateMachine):
             return
         now = self.store.list(limit=1, after=token[:-2], tenant=tenant)
         concept = make_concept(token, value)
-        if now and now[0].placeholder_token == token and now[0].etag == etag:
+        old = self.name(tenant, token)
+        unchanged = old and old.latest and old.values[old.latest] == value
+        if unchanged or (now and now[0].placeholder_token == token and now[0].etag == etag):
             self.store.import_concept(concept, overwrite=True, etag=etag, tenant=tenant)
             name = self.names[(tenant, token)]
             assert name.latest

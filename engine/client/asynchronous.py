@@ -7,9 +7,11 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from engine.client import calls as calls
+from engine.client.admin import AsyncAdminClient
 from engine.client.calls import ConceptFileFormat, named_request
 from engine.client.channel import ClientSecurity, address_from_env, security_from_env
 from engine.client.errors import ServerError
@@ -60,6 +62,7 @@ class AsyncClient:
         )
         self.jobs = AsyncJobsClient(self._link)
         self.training = AsyncTrainingClient(self._link)
+        self.admin = AsyncAdminClient(self._link)
 
     @classmethod
     def from_env(
@@ -134,9 +137,16 @@ class AsyncClient:
                 yield outcome
 
     async def import_concept(
-        self, content: bytes, *, placeholder_token: str = "", overwrite: bool = False
+        self,
+        content: bytes,
+        *,
+        placeholder_token: str = "",
+        overwrite: bool = False,
+        etag: str = "",
     ) -> ImportConceptResponse:
-        return await self._link.call(calls.import_concept(content, placeholder_token, overwrite))
+        return await self._link.call(
+            calls.import_concept(content, placeholder_token, overwrite, etag)
+        )
 
     async def get(self, placeholder_token: str) -> Concept:
         return await self._link.call(calls.get_concept(placeholder_token))
@@ -144,8 +154,24 @@ class AsyncClient:
     def list(self) -> AsyncIterator[Concept]:
         return self._link.pages(calls.list_concepts)
 
-    async def delete(self, placeholder_token: str) -> None:
-        await self._link.call(calls.delete_concept(placeholder_token))
+    async def delete(self, placeholder_token: str, *, etag: str = "") -> None:
+        await self._link.call(calls.delete_concept(placeholder_token, etag))
+
+    async def undelete(self, placeholder_token: str) -> Concept:
+        return await self._link.call(calls.undelete_concept(placeholder_token))
+
+    def versions(self, placeholder_token: str) -> AsyncIterator[Concept]:
+        return self._link.pages(partial(calls.list_concept_versions, placeholder_token))
+
+    async def set_alias(
+        self, placeholder_token: str, alias: str, *, version: int | None = None, etag: str = ""
+    ) -> Concept:
+        return await self._link.call(
+            calls.set_concept_alias(placeholder_token, alias, version, etag)
+        )
+
+    async def delete_alias(self, placeholder_token: str, alias: str, *, etag: str = "") -> None:
+        await self._link.call(calls.delete_concept_alias(placeholder_token, alias, etag))
 
     async def export(
         self, placeholder_token: str, file_format: ConceptFileFormat = "oneword"

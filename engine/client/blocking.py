@@ -6,9 +6,11 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from engine.client import calls as calls
+from engine.client.admin import AdminClient
 from engine.client.calls import ConceptFileFormat, named_request
 from engine.client.channel import ClientSecurity, address_from_env, security_from_env
 from engine.client.errors import ServerError
@@ -64,6 +66,7 @@ class Client:
         )
         self.jobs = JobsClient(self._link)
         self.training = TrainingClient(self._link)
+        self.admin = AdminClient(self._link)
 
     @classmethod
     def from_env(
@@ -147,10 +150,19 @@ class Client:
             yield from batch.give_up(error)
 
     def import_concept(
-        self, content: bytes, *, placeholder_token: str = "", overwrite: bool = False
+        self,
+        content: bytes,
+        *,
+        placeholder_token: str = "",
+        overwrite: bool = False,
+        etag: str = "",
     ) -> ImportConceptResponse:
-        """Store the bytes of a concept file."""
-        return self._link.call(calls.import_concept(content, placeholder_token, overwrite))
+        """Store the bytes of a concept file.
+
+        With an `etag`, a name that is to be changed must still have it, here and below: else the
+        code is ABORTED, the reason `STALE_ETAG`, and nothing is done.
+        """
+        return self._link.call(calls.import_concept(content, placeholder_token, overwrite, etag))
 
     def get(self, placeholder_token: str) -> Concept:
         """Describe a stored concept, with its metadata."""
@@ -160,9 +172,27 @@ class Client:
         """All stored concepts in the order of their names, fetched page by page."""
         return self._link.pages(calls.list_concepts)
 
-    def delete(self, placeholder_token: str) -> None:
+    def delete(self, placeholder_token: str, *, etag: str = "") -> None:
         """Remove a stored concept."""
-        self._link.call(calls.delete_concept(placeholder_token))
+        self._link.call(calls.delete_concept(placeholder_token, etag))
+
+    def undelete(self, placeholder_token: str) -> Concept:
+        """Bring a deleted concept back, with its versions and aliases; gives the latest."""
+        return self._link.call(calls.undelete_concept(placeholder_token))
+
+    def versions(self, placeholder_token: str) -> Iterator[Concept]:
+        """The versions of a stored concept, the newest first, fetched page by page."""
+        return self._link.pages(partial(calls.list_concept_versions, placeholder_token))
+
+    def set_alias(
+        self, placeholder_token: str, alias: str, *, version: int | None = None, etag: str = ""
+    ) -> Concept:
+        """Let `name@alias` stand for a version (None: the latest); gives that version."""
+        return self._link.call(calls.set_concept_alias(placeholder_token, alias, version, etag))
+
+    def delete_alias(self, placeholder_token: str, alias: str, *, etag: str = "") -> None:
+        """Take an alias from a stored concept."""
+        self._link.call(calls.delete_concept_alias(placeholder_token, alias, etag))
 
     def export(self, placeholder_token: str, file_format: ConceptFileFormat = "oneword") -> bytes:
         """The bytes of a stored concept as a file."""

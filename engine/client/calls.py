@@ -7,6 +7,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from engine.errors import InvalidRequest
 from protos.oneword.v1 import (
+    admin_pb2_grpc,
     concepts_pb2,
     concepts_pb2_grpc,
     generation_pb2_grpc,
@@ -29,6 +30,7 @@ class Stubs:
         self.jobs = generation_pb2_grpc.ImageJobServiceStub(channel)
         self.concepts = concepts_pb2_grpc.ConceptServiceStub(channel)
         self.server_info = server_info_pb2_grpc.ServerInfoServiceStub(channel)
+        self.admin = admin_pb2_grpc.AdminServiceStub(channel)
         self.training = training_pb2_grpc.TrainingServiceStub(channel)
 
 
@@ -76,10 +78,10 @@ def server_info() -> Call[server_info_pb2.GetServerInfoResponse]:
 
 
 def import_concept(
-    content: bytes, placeholder_token: str, overwrite: bool
+    content: bytes, placeholder_token: str, overwrite: bool, etag: str
 ) -> Call[concepts_pb2.ImportConceptResponse]:
     request = concepts_pb2.ImportConceptRequest(
-        content=content, placeholder_token=placeholder_token, overwrite=overwrite
+        content=content, placeholder_token=placeholder_token, overwrite=overwrite, etag=etag
     )
     return Call(
         method=lambda stubs: stubs.concepts.ImportConcept,
@@ -106,10 +108,61 @@ def list_concepts(page_token: str) -> Call[Page[concepts_pb2.Concept]]:
     )
 
 
-def delete_concept(placeholder_token: str) -> Call[None]:
-    request = concepts_pb2.DeleteConceptRequest(placeholder_token=placeholder_token)
+def delete_concept(placeholder_token: str, etag: str) -> Call[None]:
+    request = concepts_pb2.DeleteConceptRequest(placeholder_token=placeholder_token, etag=etag)
     return Call(
         method=lambda stubs: stubs.concepts.DeleteConcept,
+        request=lambda: request,
+        read=lambda _reply: None,
+        removes=True,
+    )
+
+
+def undelete_concept(placeholder_token: str) -> Call[concepts_pb2.Concept]:
+    request = concepts_pb2.UndeleteConceptRequest(placeholder_token=placeholder_token)
+    return Call(
+        method=lambda stubs: stubs.concepts.UndeleteConcept,
+        request=lambda: request,
+        read=lambda reply: reply.concept,
+    )
+
+
+def list_concept_versions(
+    placeholder_token: str, page_token: str
+) -> Call[Page[concepts_pb2.Concept]]:
+    request = concepts_pb2.ListConceptVersionsRequest(
+        placeholder_token=placeholder_token, page_size=PAGE_SIZE, page_token=page_token
+    )
+    return Call(
+        method=lambda stubs: stubs.concepts.ListConceptVersions,
+        request=lambda: request,
+        read=lambda reply: Page(reply.versions, reply.next_page_token),
+    )
+
+
+def set_concept_alias(
+    placeholder_token: str, alias: str, version: int | None, etag: str
+) -> Call[concepts_pb2.Concept]:
+    if version is not None and not 0 < version < 1 << 63:
+        raise InvalidRequest(
+            f"version must be at least 1, and is the number of one, got {version}", field="version"
+        )
+    request = concepts_pb2.SetConceptAliasRequest(
+        placeholder_token=placeholder_token, alias=alias, version=version, etag=etag
+    )
+    return Call(
+        method=lambda stubs: stubs.concepts.SetConceptAlias,
+        request=lambda: request,
+        read=lambda reply: reply.concept,
+    )
+
+
+def delete_concept_alias(placeholder_token: str, alias: str, etag: str) -> Call[None]:
+    request = concepts_pb2.DeleteConceptAliasRequest(
+        placeholder_token=placeholder_token, alias=alias, etag=etag
+    )
+    return Call(
+        method=lambda stubs: stubs.concepts.DeleteConceptAlias,
         request=lambda: request,
         read=lambda _reply: None,
         removes=True,

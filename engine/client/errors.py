@@ -22,6 +22,7 @@ _NAME_UNKNOWN = re.compile("errors resolving|DNS resolution failed", re.IGNORECA
 _DISTRUSTED = re.compile("certificate|handshake failed|WRONG_VERSION_NUMBER", re.IGNORECASE)
 # How gRPC and proxies tell of a connection that broke, where not as UNAVAILABLE.
 _BROKE = re.compile("RST_STREAM|stream removed", re.IGNORECASE)
+_STALE_ETAG = "STALE_ETAG"  # the reason of ABORTED that no repetition mends
 _TOO_LARGE = re.compile("message larger than max|message too large", re.IGNORECASE)
 _CODES = {code.value[0]: code for code in StatusCode}
 
@@ -119,7 +120,7 @@ def _is_transient(code: StatusCode, text: str, hints: Hints, *, answered: bool) 
         case StatusCode.UNAVAILABLE:
             return answered or not _DISTRUSTED.search(text)
         case StatusCode.ABORTED:
-            return True
+            return hints.reason != _STALE_ETAG  # another one was faster: the caller must look again
         case StatusCode.RESOURCE_EXHAUSTED if answered:
             return hints.retry_after_s is not None  # a full disk does not say when it will do
         case StatusCode.RESOURCE_EXHAUSTED:  # of the transport: too many calls, or too many bytes

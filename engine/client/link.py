@@ -108,8 +108,9 @@ class Link:
     def close(self) -> None:
         self._line.channel.close()
 
-    def call(self, call: Call[T]) -> T:
-        line, attempts = self._line, self._line.attempts(self._line.timeout_s)
+    def call(self, call: Call[T], timeout_s: float | None = None) -> T:
+        """Within `timeout_s`, or else the time of every call."""
+        line, attempts = self._line, self._line.attempts(self.within(timeout_s))
         while True:
             left = attempts.begin()
             try:
@@ -182,8 +183,8 @@ class AsyncLink:
     async def close(self) -> None:
         await self._line.channel.close()
 
-    async def call(self, call: Call[T]) -> T:
-        line, attempts = self._line, self._line.attempts(self._line.timeout_s)
+    async def call(self, call: Call[T], timeout_s: float | None = None) -> T:
+        line, attempts = self._line, self._line.attempts(self.within(timeout_s))
         while True:
             left = attempts.begin()
             try:

@@ -8,7 +8,7 @@ opened, before any of them is read.
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.bundle import MANIFEST, read_manifest
+from engine.bundle import MANIFEST, Manifest, read_manifest
 from engine.errors import BundleError
 from engine.files import sha256_of_file
 from engine.plans import PLAN_MANIFEST, PLANS_FOLDER, read_plan_manifest
@@ -22,6 +22,13 @@ def check_bundle(path: Path, trusted_keys: Sequence[Path]) -> None:
     to the folder can still exchange files after this: it must belong to somebody you trust.
     """
     check_signatures(path, TrustedKeys.read(trusted_keys))
+
+
+def read_trusted_manifest(path: Path, trusted_keys: Sequence[Path]) -> Manifest:
+    """What a bundle says of itself, if it is signed, where keys are given."""
+    if trusted_keys:
+        check_bundle(path, trusted_keys)
+    return read_manifest(path)
 
 
 def check_signatures(path: Path, trusted: TrustedKeys) -> None:

@@ -63,6 +63,13 @@ def check_listen(address: str, security: SecurityConfig, *, insecure: bool) -> N
         )
 
 
+def is_exposed(address: str, security: SecurityConfig) -> bool:
+    """Whether others than this machine reach an address, where nobody asks who they are."""
+    host = address.rpartition(":")[0].strip("[]")
+    is_local = address.startswith("unix:") or _is_loopback(host)
+    return security.credentials is None and not is_local
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

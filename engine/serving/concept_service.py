@@ -1,5 +1,7 @@
 """The servicer of the stored concepts."""
 
+from collections.abc import Sequence
+
 from engine.concepts import Concept, check_fits, concept_from_bytes, concept_to_bytes
 from engine.errors import ConceptUnreadable, InvalidRequest
 from engine.security.callers import current_caller
@@ -8,13 +10,14 @@ from engine.serving.paging import checked_page_size, key_of, page_token
 from engine.serving.runtime import Runtime
 from engine.serving.service import Context, guarded
 from engine.store.concept_store import StoredConcept
+from engine.store.rows import LARGEST_INTEGER
 from protos.oneword.v1 import concepts_pb2, concepts_pb2_grpc
 
 KeyedRequest = concepts_pb2.GetConceptRequest | concepts_pb2.ExportConceptRequest
 
 
 class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
-    """Import, describe, list, delete and export concepts; disk access is in the pool."""
+    """Stored concepts, their versions and aliases; disk access is in the pool."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -41,16 +44,52 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
         self, request: concepts_pb2.DeleteConceptRequest, context: Context
     ) -> concepts_pb2.DeleteConceptResponse:
         async with guarded(context):
-            tenant = current_caller().tenant
-            delete = self._runtime.store.delete
-            await self._runtime.in_pool(delete, request.placeholder_token, tenant=tenant)
+            await self._runtime.in_pool(
+                self._runtime.store.delete,
+                request.placeholder_token,
+                etag=request.etag or None,
+                tenant=current_caller().tenant,
+            )
             return concepts_pb2.DeleteConceptResponse()
+
+    async def UndeleteConcept(
+        self, request: concepts_pb2.UndeleteConceptRequest, context: Context
+    ) -> concepts_pb2.UndeleteConceptResponse:
+        async with guarded(context):
+            return await self._runtime.in_pool(self._undelete, request, current_caller().tenant)
 
     async def ExportConcept(
         self, request: concepts_pb2.ExportConceptRequest, context: Context
     ) -> concepts_pb2.ExportConceptResponse:
         async with guarded(context):
             return await self._runtime.in_pool(self._export, request, current_caller().tenant)
+
+    async def ListConceptVersions(
+        self, request: concepts_pb2.ListConceptVersionsRequest, context: Context
+    ) -> concepts_pb2.ListConceptVersionsResponse:
+        async with guarded(context):
+            return await self._runtime.in_pool(
+                self._list_versions, request, current_caller().tenant
+            )
+
+    async def SetConceptAlias(
+        self, request: concepts_pb2.SetConceptAliasRequest, context: Context
+    ) -> concepts_pb2.SetConceptAliasResponse:
+        async with guarded(context):
+            return await self._runtime.in_pool(self._set_alias, request, current_caller().tenant)
+
+    async def DeleteConceptAlias(
+        self, request: concepts_pb2.DeleteConceptAliasRequest, context: Context
+    ) -> concepts_pb2.DeleteConceptAliasResponse:
+        async with guarded(context):
+            await self._runtime.in_pool(
+                self._runtime.store.delete_alias,
+                request.placeholder_token,
+                request.alias,
+                etag=request.etag or None,
+                tenant=current_caller().tenant,
+            )
+            return concepts_pb2.DeleteConceptAliasResponse()
 
     def _import(
         self, request: concepts_pb2.ImportConceptRequest, tenant: str
@@ -67,17 +106,17 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
         manifest = self._runtime.pipeline.bundle.manifest
         check_fits(concept, manifest.text, text_2=manifest.text_2, model_name=manifest.model_name)
         stored, changed = self._runtime.store.import_concept(
-            concept, overwrite=request.overwrite, tenant=tenant
+            concept, overwrite=request.overwrite, etag=request.etag or None, tenant=tenant
         )
         return concepts_pb2.ImportConceptResponse(
-            concept=wire.concept_to_proto(stored), changed=changed
+            concept=self._describe(stored, tenant), changed=changed
         )
 
     def _get(
         self, request: concepts_pb2.GetConceptRequest, tenant: str
     ) -> concepts_pb2.GetConceptResponse:
         stored, concept = self._load(request, tenant)
-        return concepts_pb2.GetConceptResponse(concept=wire.concept_to_proto(stored, concept))
+        return concepts_pb2.GetConceptResponse(concept=self._describe(stored, tenant, concept))
 
     def _list(
         self, request: concepts_pb2.ListConceptsRequest, tenant: str
@@ -88,7 +127,7 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
         )
         page = found[:page_size]
         return concepts_pb2.ListConceptsResponse(
-            concepts=[wire.concept_to_proto(stored) for stored in page],
+            concepts=self._describe_all(page, tenant),
             next_page_token=page_token(page[-1].placeholder_token)
             if len(found) > page_size
             else "",
@@ -98,11 +137,56 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
         self, request: concepts_pb2.ExportConceptRequest, tenant: str
     ) -> concepts_pb2.ExportConceptResponse:
         file_format = wire.concept_format_from_proto(request.format)
-        _, concept = self._load(request, tenant)
+        stored, concept = self._load(request, tenant)
         return concepts_pb2.ExportConceptResponse(
             content=concept_to_bytes(concept, file_format),
             placeholder_token=concept.placeholder_token,
+            concept=self._describe(stored, tenant),
         )
+
+    def _undelete(
+        self, request: concepts_pb2.UndeleteConceptRequest, tenant: str
+    ) -> concepts_pb2.UndeleteConceptResponse:
+        stored = self._runtime.store.undelete(request.placeholder_token, tenant=tenant)
+        return concepts_pb2.UndeleteConceptResponse(concept=self._describe(stored, tenant))
+
+    def _list_versions(
+        self, request: concepts_pb2.ListConceptVersionsRequest, tenant: str
+    ) -> concepts_pb2.ListConceptVersionsResponse:
+        page_size, name = checked_page_size(request.page_size), request.placeholder_token
+        below = _last_version(key_of(request.page_token), name)
+        found = self._runtime.store.versions(name, below=below, limit=page_size + 1, tenant=tenant)
+        page = found[:page_size]
+        return concepts_pb2.ListConceptVersionsResponse(
+            versions=self._describe_all(page, tenant),
+            next_page_token=page_token(f"{page[-1].version} {name}")
+            if len(found) > page_size
+            else "",
+        )
+
+    def _set_alias(
+        self, request: concepts_pb2.SetConceptAliasRequest, tenant: str
+    ) -> concepts_pb2.SetConceptAliasResponse:
+        stored = self._runtime.store.set_alias(
+            request.placeholder_token,
+            request.alias,
+            version=request.version if request.HasField("version") else None,
+            etag=request.etag or None,
+            tenant=tenant,
+        )
+        return concepts_pb2.SetConceptAliasResponse(concept=self._describe(stored, tenant))
+
+    def _describe_all(
+        self, found: Sequence[StoredConcept], tenant: str
+    ) -> list[concepts_pb2.Concept]:
+        aliases = self._runtime.store.aliases_of(found, tenant=tenant)
+        return [wire.concept_to_proto(*pair) for pair in zip(found, aliases, strict=True)]
+
+    def _describe(
+        self, stored: StoredConcept, tenant: str, concept: Concept | None = None
+    ) -> concepts_pb2.Concept:
+        (aliases,) = self._runtime.store.aliases_of([stored], tenant=tenant)
+        return wire.concept_to_proto(stored, aliases, concept)
 
     def _load(self, request: KeyedRequest, tenant: str) -> tuple[StoredConcept, Concept]:
         key = request.WhichOneof("key")
@@ -112,3 +196,17 @@ class ConceptService(concepts_pb2_grpc.ConceptServiceServicer):
                 field="placeholder_token",
             )
         return self._runtime.store.load(key, getattr(request, key), tenant=tenant)
+
+
+def _last_version(key: str, name: str) -> int:
+    """Where the versions of a name go on, by the key in a page token."""
+    if not key:
+        return LARGEST_INTEGER
+    version, _, of = key.partition(" ")
+    if of != name or not (version.isascii() and version.isdigit() and len(version) < 19):
+        raise InvalidRequest(
+            "page_token is not one of ListConceptVersions for this name; pass next_page_token on "
+            "as it is",
+            field="page_token",
+        )
+    return int(version)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from engine.batching.batcher import Batcher, BatcherConfig, Model
 from engine.batching.cost_measurement import measure_costs, measuring_plan
 from engine.batching.result_cache import ResultCache
 from engine.batching.step_costs import CostTable
-from engine.errors import DeploymentFailed, EngineError
+from engine.errors import DeploymentFailed, DeploymentUnderWay, EngineError
 from engine.pipeline import sound
 from engine.planner import Planner
 from engine.requests import GenerationRequest, Limits
@@ -43,6 +43,7 @@ class Served:
     planner: Planner
     batcher: Batcher
     model: Model
+    since: float = field(default_factory=time.time)  # seconds since the epoch, UTC
 
     def close(self, grace_s: float) -> None:
         """Finish what it has within `grace_s`, fail the rest, and free the model."""
@@ -97,6 +98,11 @@ class Deployment:
         """To look at; to submit a request to it, take a `lease`."""
         return self._current.served
 
+    @property
+    def retiring(self) -> bool:
+        """Whether the bundle before the current one still finishes its requests."""
+        return self._retiring is not None and self._retiring.is_alive()
+
     @contextmanager
     def lease(self) -> Generator[Served]:
         """The bundle in service, which stays open until this ends, whatever is deployed."""
@@ -122,16 +128,14 @@ class Deployment:
         Raises `DeploymentFailed`, which says why, and the bundle in service stays.
         """
         if not self._deploying.acquire(blocking=False):
-            raise DeploymentFailed("another bundle is being deployed; wait until it is")
+            raise DeploymentUnderWay("another bundle is being deployed; wait until it is")
         try:
-            if self._retiring and self._retiring.is_alive():
+            if self.retiring:
                 raise DeploymentFailed(
                     "the bundle before the one in service is finishing its requests, and memory "
                     "is for two models at most; try again when it is done"
                 )
-            planner, model = self._open(bundle)
-            costs = measured(planner, model, self._config)
-            self._replace(self._tenure(planner, model, costs))
+            self._replace(self._tenure(*self._open(bundle)))
         finally:
             self._deploying.release()
 
@@ -139,7 +143,7 @@ class Deployment:
         """Wait until the bundle that was replaced is closed."""
         if self._retiring:
             self._retiring.join(timeout_s)
-        return not (self._retiring and self._retiring.is_alive())
+        return not self.retiring
 
     def close(self, grace_s: float = 0.0) -> None:
         """Finish what there is within `grace_s`, fail the rest, and free the models."""
@@ -158,12 +162,13 @@ class Deployment:
         batcher = self._make_batcher(model, self._config, costs=costs, results=results)
         return _Tenure(Served(planner=planner, batcher=batcher, model=model))
 
-    def _open(self, bundle: Path) -> tuple[Planner, Model]:
+    def _open(self, bundle: Path) -> tuple[Planner, Model, CostTable | None]:
         serving = self.current.planner.bundle.manifest.model_name
         try:
             planner, model = self._open_model(bundle)
             try:
                 try_out(planner, model)
+                return planner, model, measured(planner, model, self._config)
             except BaseException:
                 close_model(model)
                 raise
@@ -173,7 +178,6 @@ class Deployment:
             raise DeploymentFailed(
                 f"the bundle at {bundle} cannot take over, {serving} goes on serving: {error}"
             ) from error
-        return planner, model
 
     def _replace(self, new: _Tenure) -> None:
         with self._changed:

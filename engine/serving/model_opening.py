@@ -2,18 +2,18 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.batching.model import Model
-from engine.bundle import Manifest, read_manifest
+from engine.bundle import Manifest, TextSpec
 from engine.errors import DeploymentFailed, EngineError
 from engine.pipeline import Pipeline
 from engine.planner import Planner
-from engine.security.bundle_signatures import check_bundle
+from engine.security.bundle_signatures import check_bundle, read_trusted_manifest
 from engine.serving.deployment import OpenModel
 from engine.serving.server_config import ServerConfig
 from engine.worker.remote_model import open_remote
@@ -60,9 +60,25 @@ def _open_here(bundle: Path, **settings: Any) -> tuple[Planner, Model]:
     return pipeline, pipeline
 
 
-def manifest_to_deploy(bundle: Path) -> Manifest:
+def manifest_to_deploy(bundle: Path, trusted_keys: Sequence[Path]) -> Manifest:
     """What a bundle says of itself; raises `DeploymentFailed`."""
     try:
-        return read_manifest(bundle)
-    except EngineError as error:
+        return read_trusted_manifest(bundle, trusted_keys)
+    except (EngineError, OSError) as error:
         raise DeploymentFailed(str(error)) from error
+
+
+def check_words_fit(new: Manifest, serving: Manifest) -> None:
+    """Raise `DeploymentFailed` for a bundle that has no use for the words of the one in service."""
+    pairs = [(serving.text, new.text), (serving.text_2, new.text_2)]
+    for old_fingerprint, fingerprint in [tuple(map(_fingerprint, pair)) for pair in pairs]:
+        if old_fingerprint != fingerprint:
+            raise DeploymentFailed(
+                f"this server learns words for {serving.model_name}, with token embeddings "
+                f"{old_fingerprint[:12]}..., the new bundle has {fingerprint[:12]}...; start "
+                "another server for it"
+            )
+
+
+def _fingerprint(text: TextSpec | None) -> str:
+    return "none" if text is None else text.embedding_fingerprint

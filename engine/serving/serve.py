@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Callable
 
+from engine.errors import ConfigError
 from engine.security.credentials import read_credentials
 from engine.security.tls import Certificates
 from engine.serving.deployment import close_model, measured
@@ -63,6 +64,10 @@ def _open_store(config: ServerConfig) -> ConceptStore:
 def _check_files(config: ServerConfig) -> None:
     """Refuse what cannot be used before time goes into loading a model."""
     security = config.security
+    if config.bundle_dir is not None and not config.bundle_dir.is_dir():
+        raise ConfigError(
+            f"bundle_dir {config.bundle_dir} is not a folder; name the one that the bundles lie in"
+        )
     if certificates := Certificates.of(security):
         certificates.read()
     if security.credentials is not None:

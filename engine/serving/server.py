@@ -15,7 +15,8 @@ from grpc_reflection.v1alpha import reflection
 
 from engine.batching.batcher import Batcher, Model
 from engine.batching.step_costs import CostTable
-from engine.errors import ConfigError, DeploymentFailed, ShuttingDown, StoreError
+from engine.bundle import Manifest
+from engine.errors import ConfigError, ShuttingDown, StoreError
 from engine.image_jobs.runner import ImageJobRunner
 from engine.image_jobs.service import ImageJobService
 from engine.image_jobs.store import ImageJobStore
@@ -24,13 +25,20 @@ from engine.operations.operations import HEALTH_SERVICE, Operations
 from engine.pipeline import Pipeline
 from engine.planner import Planner
 from engine.security.authentication import Authentication
-from engine.security.config import SecurityConfig
+from engine.security.config import SecurityConfig, is_exposed
 from engine.security.credential_source import CredentialSource
 from engine.security.tls import Certificates
+from engine.serving.admin_service import AdminService
+from engine.serving.bundle_folder import BundleFolder
 from engine.serving.concept_service import ConceptService
 from engine.serving.deployment import Deployment
 from engine.serving.generation import Generation
-from engine.serving.model_opening import in_daemon_thread, manifest_to_deploy, model_opener
+from engine.serving.model_opening import (
+    check_words_fit,
+    in_daemon_thread,
+    manifest_to_deploy,
+    model_opener,
+)
 from engine.serving.runtime import Runtime
 from engine.serving.server_config import ServerConfig
 from engine.serving.service import ImageGenerationService, ServerInfoService
@@ -41,6 +49,8 @@ from engine.training.service import TrainingService, publish
 from engine.training.store import TrainingStore
 from engine.training.supervisor import Supervisor
 from protos.oneword.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
     concepts_pb2,
     concepts_pb2_grpc,
     generation_pb2,
@@ -59,6 +69,7 @@ SERVICES = (
     concepts_pb2.DESCRIPTOR.services_by_name["ConceptService"].full_name,
     server_info_pb2.DESCRIPTOR.services_by_name["ServerInfoService"].full_name,
     TRAINING_SERVICE,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
 )
 COLLECT_EVERY_S = 3600.0  # what was deleted from the concept store longer ago than its grace
 # Time for the last statuses to leave, and the end of health watchers, which never end themselves.
@@ -120,6 +131,13 @@ class Server:
         self.generation = ImageGenerationService(self._runtime, self._generation)
         self._jobs = job_store and ImageJobRunner(job_store, self._generation.follow_job)
         self.training = _training_service(self._runtime, config)
+        self._admin = AdminService(
+            self._runtime,
+            BundleFolder(config.bundle_dir, security.trusted_keys),
+            deploy=self.deploy,
+            check=self._check_words,
+            exposed=is_exposed(config.listen, security),
+        )
         self._collecting: asyncio.Task[None] | None = None
         self._authentication = _authentication(self._credentials, security)
         self._server = self._make_server()
@@ -153,6 +171,7 @@ class Server:
         """Say NOT_SERVING, let requests under way finish within `grace_s`, fail the rest."""
         self.deployment.watch(None)
         self.operations.drain()
+        self._admin.stop()
         if self._jobs is not None:
             await self._jobs.stop()
         if self._collecting is not None:
@@ -173,16 +192,14 @@ class Server:
 
         Raises `DeploymentFailed`, also for a bundle that has no use for the words learned here.
         """
-        training, manifest = self._config.training, self._runtime.pipeline.bundle.manifest
-        if training.training_model is not None:
-            new = (await asyncio.to_thread(manifest_to_deploy, bundle)).text.embedding_fingerprint
-            if new != manifest.text.embedding_fingerprint:
-                raise DeploymentFailed(
-                    f"this server learns words for {manifest.model_name}, with token embeddings "
-                    f"{manifest.text.embedding_fingerprint[:12]}..., the new bundle has "
-                    f"{new[:12]}...; start another server for it"
-                )
+        if self._config.training.training_model is not None:
+            trusted_keys = self._config.security.trusted_keys
+            self._check_words(await asyncio.to_thread(manifest_to_deploy, bundle, trusted_keys))
         await in_daemon_thread(self.deployment.deploy, bundle)
+
+    def _check_words(self, new: Manifest) -> None:
+        if self._config.training.training_model is not None:
+            check_words_fit(new, self._runtime.pipeline.bundle.manifest)
 
     def _model_serves(self, serving: bool, _reason: str) -> None:
         """Health follows the model's process: a dead one is NOT_SERVING until it is back."""
@@ -255,6 +272,7 @@ class Server:
             server,
         )
         training_pb2_grpc.add_TrainingServiceServicer_to_server(self.training, server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.operations.health, server)
         if self._config.reflection:
             names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -303,7 +321,7 @@ def _training_service(runtime: Runtime, config: ServerConfig) -> TrainingService
             device=training.training_device,
             checkpoint_every_s=training.checkpoint_every_s,
         ),
-        publish=partial(publish, pipeline=runtime.pipeline, store=runtime.store),
+        publish=partial(publish, runtime=runtime),
     )
     return TrainingService(runtime, supervisor, model)
 

@@ -20,6 +20,7 @@ class ServerConfig:
     """Everything that `oneword serve` can be told."""
 
     bundle: Path  # folder by build_engines.py
+    bundle_dir: Path | None = None  # bundles to deploy by name while serving; None: none can be
     listen: str = DEFAULT_ADDRESS  # host:port, port 0 for a free one; or unix:PATH
     insecure: bool = False  # listen beyond this machine, without TLS or authentication
     security: SecurityConfig = field(default_factory=SecurityConfig)

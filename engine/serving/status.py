@@ -22,6 +22,7 @@ from engine.errors import (
     QueueFull,
     RateLimited,
     ShuttingDown,
+    UnknownBundle,
     UnknownConcept,
     UnknownJob,
     UnknownTraining,
@@ -41,6 +42,7 @@ STATUS: dict[type[EngineError], StatusCode] = {
     errors.UnknownConcept: StatusCode.NOT_FOUND,
     errors.UnknownTraining: StatusCode.NOT_FOUND,
     errors.UnknownJob: StatusCode.NOT_FOUND,
+    errors.UnknownBundle: StatusCode.NOT_FOUND,
     errors.JobNotEnded: StatusCode.FAILED_PRECONDITION,
     errors.JobsUnavailable: StatusCode.FAILED_PRECONDITION,
     errors.ConceptExists: StatusCode.ALREADY_EXISTS,
@@ -57,6 +59,8 @@ STATUS: dict[type[EngineError], StatusCode] = {
     errors.ShuttingDown: StatusCode.UNAVAILABLE,
     errors.WorkerDied: StatusCode.UNAVAILABLE,
     errors.DeploymentFailed: StatusCode.FAILED_PRECONDITION,
+    errors.DeploymentUnderWay: StatusCode.FAILED_PRECONDITION,
+    errors.BundlesUnavailable: StatusCode.FAILED_PRECONDITION,
     errors.NumericalError: StatusCode.FAILED_PRECONDITION,
     errors.StoreError: StatusCode.UNAVAILABLE,
     errors.StorageFull: StatusCode.RESOURCE_EXHAUSTED,
@@ -158,6 +162,8 @@ def _details(error: EngineError) -> list[Message]:
             return [_resource("training", training_id)]
         case UnknownJob(job_id=job_id):
             return [_resource("job", job_id)]
+        case UnknownBundle(bundle_name=bundle_name):
+            return [_resource("bundle", bundle_name)]
         case _:
             return []
 

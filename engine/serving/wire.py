@@ -1,6 +1,7 @@
 """The words of the API to the words of the runtime and back: pure functions without a server."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -318,6 +319,7 @@ def _matched_to_proto(concept: Concept) -> generation_pb2.MatchedConcept:
         placeholder_token=concept.placeholder_token,
         concept_id=concept.concept_id,
         num_vectors=concept.num_vectors,
+        version=concept.version,
     )
 
 
@@ -328,8 +330,11 @@ def timestamp_to_proto(seconds: float) -> Timestamp:
     return timestamp
 
 
-def concept_to_proto(stored: StoredConcept, concept: Concept | None = None) -> concepts_pb2.Concept:
+def concept_to_proto(
+    stored: StoredConcept, aliases: Sequence[str], concept: Concept | None = None
+) -> concepts_pb2.Concept:
     """Describe a stored concept; with its metadata where the loaded `concept` is given."""
+    retired = stored.retired_time
     return concepts_pb2.Concept(
         placeholder_token=stored.placeholder_token,
         concept_id=stored.concept_id,
@@ -338,4 +343,10 @@ def concept_to_proto(stored: StoredConcept, concept: Concept | None = None) -> c
         embedding_fingerprint=stored.embedding_fingerprint,
         import_time=timestamp_to_proto(stored.import_time),
         metadata=dict(concept.metadata) if concept else {},
+        version=stored.version,
+        etag=stored.etag,
+        aliases=aliases,
+        num_bytes=stored.num_bytes,
+        file_sha256=stored.file_sha256,
+        delete_time=None if retired is None else timestamp_to_proto(retired),
     )

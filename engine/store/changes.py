@@ -1,5 +1,6 @@
 """What changes in the index: publishing, aliases, deleting; inside one transaction."""
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,6 +60,8 @@ class Changes(Rows):
     def publish(self, new: StoredConcept) -> StoredConcept:
         """Make it the latest version of its name; `version` and `etag` are given here."""
         name = new.placeholder_token
+        if self.latest(name) is None:  # what a deleted name was called before is over now
+            self._execute(f"DELETE FROM concept_aliases {_OF_NAME}", (self._tenant, name))
         before = self._execute(
             f"SELECT last_version FROM concept_names {_OF_NAME}", (self._tenant, name)
         )
@@ -80,10 +83,8 @@ class Changes(Rows):
         return stored
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Let an alias stand for a version, which is there."""
+        """Let an alias stand for a version that is there, and not for the same as before."""
         aliases = self.aliases(name)
-        if aliases.get(alias) == version:
-            return
         if alias not in aliases and len(aliases) >= self._config.max_aliases:
             raise TenantFull(
                 f"{name!r} has {len(aliases)} aliases, the limit is {self._config.max_aliases}; "
@@ -105,9 +106,15 @@ class Changes(Rows):
 
     def delete(self, name: str) -> None:
         """Retire all versions of a name. Its row stays until they are collected, so that the
-        number of a version is not given twice while one of them can still be had."""
+        number of a version is not given twice while one of them can still be had; so do its
+        aliases, for `undelete`: they find no version that lives."""
         key = (self._tenant, name)
-        self._execute(f"DELETE FROM concept_aliases {_OF_NAME}", key)
+        # What was retired before, perhaps by a server whose clock is ahead, was retired before:
+        # `undelete` tells the two apart by their times.
+        self._execute(
+            f"UPDATE concept_versions SET retired_time = ? {_OF_NAME} AND retired_time >= ?",
+            (math.nextafter(self._now, -math.inf), *key, self._now),
+        )
         self._execute(
             f"UPDATE concept_versions SET retired_time = ? {_OF_NAME} AND retired_time IS NULL",
             (self._now, *key),
@@ -115,6 +122,25 @@ class Changes(Rows):
         self._execute(
             f"UPDATE concept_names SET latest = NULL, etag = ? {_OF_NAME}", (_new_etag(), *key)
         )
+
+    def undelete(self, name: str) -> StoredConcept:
+        """Bring back what was retired when a name was deleted."""
+        key = (self._tenant, name)
+        # The deletion came last, and what it retired has a time of its own.
+        self._execute(
+            f"UPDATE concept_versions SET retired_time = NULL {_OF_NAME} AND retired_time = "
+            f"(SELECT max(retired_time) FROM concept_versions {_OF_NAME})",
+            (*key, *key),
+        )
+        self._execute(
+            "UPDATE concept_names SET latest = (SELECT max(version) FROM concept_versions "
+            f"{_OF_NAME} AND retired_time IS NULL) {_OF_NAME}",
+            (*key, *key),
+        )
+        self._touch(name)
+        latest = self.latest(name)
+        assert latest is not None  # a name that was deleted had a latest version
+        return latest
 
     def _touch(self, name: str) -> None:
         self._execute(
@@ -150,6 +176,12 @@ def forget_retired(execute: Execute, before: float) -> int:
         "DELETE FROM concept_names WHERE latest IS NULL AND NOT EXISTS (SELECT 1 "
         "FROM concept_versions v WHERE v.tenant = concept_names.tenant "
         "AND v.placeholder_token = concept_names.placeholder_token)",
+        (),
+    )
+    execute(
+        "DELETE FROM concept_aliases WHERE NOT EXISTS (SELECT 1 FROM concept_names n "
+        "WHERE n.tenant = concept_aliases.tenant "
+        "AND n.placeholder_token = concept_aliases.placeholder_token)",
         (),
     )
     return count

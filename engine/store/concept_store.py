@@ -12,8 +12,9 @@ import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -34,7 +35,7 @@ from engine.store.collector import Collected, collect
 from engine.store.config import StoreConfig, StoreLimits
 from engine.store.places import open_place
 from engine.store.references import check_alias
-from engine.store.rows import DEFAULT_TENANT, Rows, StoredConcept
+from engine.store.rows import DEFAULT_TENANT, LARGEST_INTEGER, Rows, StoredConcept
 
 __all__ = ["DEFAULT_TENANT", "Collected", "ConceptStore", "StoreConfig", "StoredConcept"]
 
@@ -96,14 +97,14 @@ class ConceptStore:
 
         Without `overwrite`, the same vectors under the same token change nothing, and other ones
         raise `ConceptExists`. With it, a file that differs from the latest becomes a new version;
-        the same one is written again, which mends a damaged one. With an `etag`, the name must
-        still have it, else `StaleEtag` is raised. When this returns, the concept survives a power
-        cut. Raises `TenantFull` beyond the tenant's share.
+        the same one is written again, which mends a damaged one. With an `etag`, a name that is to
+        be changed must still have it, else `StaleEtag` is raised; a repeated import changes nothing
+        and passes. When this returns, the concept survives a power cut. Raises `TenantFull` beyond
+        the tenant's share.
         """
         content = concept_to_bytes(concept)
         new = self._describe(concept, content)
         with self._changes(tenant) as changes:
-            changes.check_etag(new.placeholder_token, etag)
             old = changes.latest(new.placeholder_token)
             if old and not overwrite:
                 _check_taken(old, new)
@@ -111,6 +112,7 @@ class ConceptStore:
             if old and old.file_sha256 == new.file_sha256:
                 self._write(new, content)
                 return old, False
+            changes.check_etag(new.placeholder_token, etag)
             changes.check_room(new.num_bytes, new_names=old is None)
             self._write(new, content)
             return changes.publish(new), old is None or old.concept_id != new.concept_id
@@ -140,7 +142,8 @@ class ConceptStore:
         while True:
             stored = self._get(key, value, tenant)
             try:
-                return stored, self._cache.get(stored.file_sha256, partial(self._read, stored))
+                concept = self._cache.get(stored.file_sha256, partial(self._read, stored))
+                return stored, replace(concept, version=stored.version)
             except ConceptDamaged:
                 # It may have been replaced and collected between its row and its bytes.
                 if self._get(key, value, tenant).file_sha256 == stored.file_sha256:
@@ -153,11 +156,28 @@ class ConceptStore:
         return self._rows(tenant).page(after, limit)
 
     def versions(
-        self, placeholder_token: str, *, tenant: str = DEFAULT_TENANT
+        self,
+        placeholder_token: str,
+        *,
+        below: int = LARGEST_INTEGER,
+        limit: int = LARGEST_INTEGER,
+        tenant: str = DEFAULT_TENANT,
     ) -> tuple[StoredConcept, ...]:
-        """The versions of a name that references reach by number, the newest first."""
-        found = self._rows(tenant).versions(placeholder_token)
-        return tuple(found) or self._unknown(placeholder_token, tenant)
+        """The versions of a name that references reach by number, the newest first.
+
+        Up to `limit` of them, with numbers below `below`. Raises `UnknownConcept`.
+        """
+        rows = self._rows(tenant)
+        found = rows.versions(placeholder_token, below=below, limit=limit)
+        if not found and rows.latest(placeholder_token) is None:
+            self._unknown(placeholder_token, tenant)
+        return tuple(found)
+
+    def aliases_of(
+        self, found: Sequence[StoredConcept], *, tenant: str = DEFAULT_TENANT
+    ) -> Sequence[tuple[str, ...]]:
+        """The aliases of each of these versions, which are a page of a list or a single one."""
+        return self._rows(tenant).aliases_of(found)
 
     def aliases(self, placeholder_token: str, *, tenant: str = DEFAULT_TENANT) -> dict[str, int]:
         """The aliases of a name, each with its version."""
@@ -177,16 +197,18 @@ class ConceptStore:
     ) -> StoredConcept:
         """Let `name@alias` stand for a version (None: the latest); returns that version.
 
-        Raises `UnknownConcept` where there is none, `StaleEtag`, and `TenantFull` for too many.
+        Raises `UnknownConcept` where there is none, `StaleEtag` where the alias would change, and
+        `TenantFull` for too many.
         """
         check_alias(alias)
         with self._changes(tenant) as changes:
             latest = self._latest(changes, placeholder_token, tenant)
-            changes.check_etag(placeholder_token, etag)
             number = latest.version if version is None else version
             if changes.version(placeholder_token, number) is None:
                 self._unknown(f"{placeholder_token}@{number}", tenant)
-            changes.set_alias(placeholder_token, alias, number)
+            if changes.aliases(placeholder_token).get(alias) != number:
+                changes.check_etag(placeholder_token, etag)
+                changes.set_alias(placeholder_token, alias, number)
             return changes.version(placeholder_token, number) or latest
 
     def delete_alias(
@@ -200,9 +222,9 @@ class ConceptStore:
         """Take an alias from a name; raises `UnknownConcept` where it has none, or `StaleEtag`."""
         with self._changes(tenant) as changes:
             self._latest(changes, placeholder_token, tenant)
-            changes.check_etag(placeholder_token, etag)
             if alias not in changes.aliases(placeholder_token):
                 self._unknown(f"{placeholder_token}@{alias}", tenant)
+            changes.check_etag(placeholder_token, etag)
             changes.delete_alias(placeholder_token, alias)
 
     def delete(
@@ -210,12 +232,30 @@ class ConceptStore:
     ) -> None:
         """Remove a name with its versions and aliases; raises `UnknownConcept` or `StaleEtag`.
 
-        Its versions can be had by their digest until they are collected.
+        Its versions can be had by their digest until they are collected, and `undelete` brings it
+        back as long.
         """
         with self._changes(tenant) as changes:
             self._latest(changes, placeholder_token, tenant)
             changes.check_etag(placeholder_token, etag)
             changes.delete(placeholder_token)
+
+    def undelete(self, placeholder_token: str, *, tenant: str = DEFAULT_TENANT) -> StoredConcept:
+        """Bring a deleted name back with the versions and aliases that it had; returns the latest.
+
+        Raises `UnknownConcept` where nothing is left of it, `ConceptExists` where the name is not
+        deleted or was given anew, and `TenantFull`.
+        """
+        with self._changes(tenant) as changes:
+            if changes.latest(placeholder_token):
+                raise ConceptExists(
+                    f"{quoted(placeholder_token)} is not deleted; what it was before it was "
+                    "deleted and stored anew can be had by its concept_id"
+                )
+            if not changes.is_deleted(placeholder_token):
+                self._unknown(placeholder_token, tenant)
+            changes.check_room(0, new_names=1)
+            return changes.undelete(placeholder_token)
 
     def collect(self, now: float | None = None) -> Collected:
         """Remove what was retired longer ago than the grace, and files that no row needs.

@@ -15,12 +15,12 @@ from engine.store.references import (
 DEFAULT_TENANT = "default"
 # One statement with its values, `?` for each; gives the rows.
 Execute = Callable[[str, Sequence[Any]], list[tuple[Any, ...]]]
-_LARGEST_INTEGER = (1 << 63) - 1
+LARGEST_INTEGER = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredConcept:
-    """A version of a concept. Only `etag` ever changes: it is that of the name, when read."""
+    """A version of a concept. What changes is `etag`, that of its name, and `retired_time`."""
 
     placeholder_token: str
     version: int
@@ -32,6 +32,7 @@ class StoredConcept:
     embedding_fingerprint: str
     import_time: float  # seconds since the epoch, UTC
     etag: str
+    retired_time: float | None = None  # deleted or replaced then; None: it lives
 
 
 _COLUMNS = ", ".join(f"{'n' if name == 'etag' else 'v'}.{name}" for name in StoredConcept.__slots__)
@@ -64,7 +65,7 @@ class Rows:
 
     def version(self, name: str, version: int) -> StoredConcept | None:
         """A version that is neither deleted nor retired."""
-        if not 0 < version <= _LARGEST_INTEGER:
+        if not 0 < version <= LARGEST_INTEGER:
             return None
         return self._one(f"{_OF_NAME} AND v.version = ? AND v.retired_time IS NULL", name, version)
 
@@ -82,9 +83,19 @@ class Rows:
             limit,
         )
 
-    def versions(self, name: str) -> list[StoredConcept]:
-        """The living versions of a name, the newest first."""
-        return self._many(f"{_OF_NAME} AND v.retired_time IS NULL ORDER BY v.version DESC", name)
+    def versions(self, name: str, *, below: int, limit: int) -> list[StoredConcept]:
+        """Up to `limit` living versions of a name with numbers below one, the newest first."""
+        return self._many(
+            f"{_OF_NAME} AND v.version < ? AND v.retired_time IS NULL "
+            "ORDER BY v.version DESC LIMIT ?",
+            name,
+            below,
+            limit,
+        )
+
+    def is_deleted(self, name: str) -> bool:
+        """Whether a name was deleted, and is not collected yet."""
+        return self.latest(name) is None and self._one(f"{_OF_NAME} LIMIT 1", name) is not None
 
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of a name, in order, and the version that each stands for."""
@@ -97,6 +108,27 @@ class Rows:
             if _is_text(name)
             else []
         )
+
+    def aliases_of(self, found: Sequence[StoredConcept]) -> list[tuple[str, ...]]:
+        """For each of these versions, in the order of their names, its aliases in order."""
+        names = [stored.placeholder_token for stored in found]
+        by_version: dict[tuple[str, int], list[str]] = {}
+        for name, version, alias in (
+            self._execute(
+                "SELECT placeholder_token, version, alias FROM concept_aliases WHERE tenant = ? "
+                "AND placeholder_token >= ? AND placeholder_token <= ? ORDER BY alias",
+                (self._tenant, min(names), max(names)),
+            )
+            if names
+            else []
+        ):
+            by_version.setdefault((name, version), []).append(alias)
+        return [
+            ()
+            if stored.retired_time is not None
+            else tuple(by_version.get((stored.placeholder_token, stored.version), ()))
+            for stored in found
+        ]
 
     def _referred(self, reference: Reference) -> StoredConcept | None:
         if reference.version is not None:

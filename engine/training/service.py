@@ -7,12 +7,10 @@ from pathlib import Path
 
 from engine.concepts import check_fits, concept_from_bytes, read_concept_file
 from engine.errors import ShuttingDown, TrainingUnavailable
-from engine.planner import Planner
 from engine.security.callers import current_caller
 from engine.serving.paging import checked_page_size, time_and_name, token_after
 from engine.serving.runtime import Runtime
 from engine.serving.service import Context, guarded, write_in_time
-from engine.store.concept_store import ConceptStore
 from engine.training.config import TrainingConfig
 from engine.training.folder import TrainingFolder, TrainingRecord, storage_errors
 from engine.training.intake import Intake, Requests, read_to_the_end
@@ -160,15 +158,18 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             await changed.wait()
 
 
-def publish(
-    folder: TrainingFolder, record: TrainingRecord, pipeline: Planner, store: ConceptStore
-) -> str:
-    """Store the concept of a training as an import of its tenant would; returns its id."""
+def publish(folder: TrainingFolder, record: TrainingRecord, runtime: Runtime) -> str:
+    """Store the concept of a training as an import of its tenant would; returns its id.
+
+    It must fit the bundle that is in service by now, which may be another one than it began with.
+    """
     content = read_concept_file(folder.concept)
     concept = concept_from_bytes(content, source="the learned concept")
-    manifest = pipeline.bundle.manifest
+    manifest = runtime.pipeline.bundle.manifest
     check_fits(concept, manifest.text, text_2=manifest.text_2, model_name=manifest.model_name)
-    stored, _ = store.import_concept(concept, overwrite=record.spec.overwrite, tenant=record.tenant)
+    stored, _ = runtime.store.import_concept(
+        concept, overwrite=record.spec.overwrite, tenant=record.tenant
+    )
     return stored.concept_id
 
 

@@ -46,7 +46,7 @@ Global___ConceptFormat: _TypeAlias = ConceptFormat  # noqa: Y015
 
 @_typing.final
 class Concept(_message.Message):
-    """A stored concept, without its vectors."""
+    """A version of a stored concept, without its vectors."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -77,6 +77,12 @@ class Concept(_message.Message):
     EMBEDDING_FINGERPRINT_FIELD_NUMBER: _builtins.int
     IMPORT_TIME_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    FILE_SHA256_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
     placeholder_token: _builtins.str
     """Its name in prompts, for instance `<cat-toy>`."""
     concept_id: _builtins.str
@@ -89,6 +95,16 @@ class Concept(_message.Message):
     """Width of its vectors."""
     embedding_fingerprint: _builtins.str
     """SHA-256 of the token-embedding table it was learned on; empty where its file did not say."""
+    version: _builtins.int
+    """Which version of its name it is, from 1; `name@3` refers to it."""
+    etag: _builtins.str
+    """Changes whenever the latest version or an alias of its name does. A change that is told the
+    etag which was read is made only if nobody else was faster.
+    """
+    num_bytes: _builtins.int
+    """Bytes of its file, about; they count in the tenant's share."""
+    file_sha256: _builtins.str
+    """SHA-256 of its file in OneWord's own format (64 hex digits): vectors, name and metadata."""
     @_builtins.property
     def import_time(self) -> _timestamp_pb2.Timestamp:
         """When it was stored under this name, UTC."""
@@ -96,6 +112,16 @@ class Concept(_message.Message):
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """How it was learned, as its file says; left out of lists."""
+
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The aliases that stand for this version, sorted; `name@alias` refers to it."""
+
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was deleted, or replaced by enough newer versions, UTC; absent otherwise. From then on
+        it is had by `concept_id` alone, until it is collected.
+        """
 
     def __init__(
         self,
@@ -107,10 +133,16 @@ class Concept(_message.Message):
         embedding_fingerprint: _builtins.str = ...,
         import_time: _timestamp_pb2.Timestamp | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        version: _builtins.int = ...,
+        etag: _builtins.str = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        num_bytes: _builtins.int = ...,
+        file_sha256: _builtins.str = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["import_time", b"import_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delete_time", b"delete_time", "import_time", b"import_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["concept_id", b"concept_id", "dim", b"dim", "embedding_fingerprint", b"embedding_fingerprint", "import_time", b"import_time", "metadata", b"metadata", "num_vectors", b"num_vectors", "placeholder_token", b"placeholder_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "concept_id", b"concept_id", "delete_time", b"delete_time", "dim", b"dim", "embedding_fingerprint", b"embedding_fingerprint", "etag", b"etag", "file_sha256", b"file_sha256", "import_time", b"import_time", "metadata", b"metadata", "num_bytes", b"num_bytes", "num_vectors", b"num_vectors", "placeholder_token", b"placeholder_token", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -123,6 +155,7 @@ class ImportConceptRequest(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     PLACEHOLDER_TOKEN_FIELD_NUMBER: _builtins.int
     OVERWRITE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     content: _builtins.bytes
     """A safetensors file in OneWord's or diffusers' format, at most 4 MiB; required."""
     placeholder_token: _builtins.str
@@ -131,16 +164,22 @@ class ImportConceptRequest(_message.Message):
     """Whether to replace a concept of this name: other vectors, which are refused without it, and
     other metadata, which is left as it is without it; default false.
     """
+    etag: _builtins.str
+    """`Concept.etag` of what is to be replaced: where the name has changed since, nothing is done,
+    and the status is ABORTED. Default empty: whatever there is. Not asked where there is nothing
+    to change.
+    """
     def __init__(
         self,
         *,
         content: _builtins.bytes = ...,
         placeholder_token: _builtins.str = ...,
         overwrite: _builtins.bool = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "overwrite", b"overwrite", "placeholder_token", b"placeholder_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "etag", b"etag", "overwrite", b"overwrite", "placeholder_token", b"placeholder_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -275,16 +314,20 @@ class DeleteConceptRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PLACEHOLDER_TOKEN_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     placeholder_token: _builtins.str
     """Its name; required."""
+    etag: _builtins.str
+    """As in ImportConceptRequest; default empty."""
     def __init__(
         self,
         *,
         placeholder_token: _builtins.str = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["placeholder_token", b"placeholder_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "placeholder_token", b"placeholder_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -304,6 +347,48 @@ class DeleteConceptResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteConceptResponse: _TypeAlias = DeleteConceptResponse  # noqa: Y015
+
+@_typing.final
+class UndeleteConceptRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACEHOLDER_TOKEN_FIELD_NUMBER: _builtins.int
+    placeholder_token: _builtins.str
+    """Its name; required."""
+    def __init__(
+        self,
+        *,
+        placeholder_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["placeholder_token", b"placeholder_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteConceptRequest: _TypeAlias = UndeleteConceptRequest  # noqa: Y015
+
+@_typing.final
+class UndeleteConceptResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONCEPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def concept(self) -> Global___Concept:
+        """Its latest version, without metadata."""
+
+    def __init__(
+        self,
+        *,
+        concept: Global___Concept | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["concept", b"concept"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concept", b"concept"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteConceptResponse: _TypeAlias = UndeleteConceptResponse  # noqa: Y015
 
 @_typing.final
 class ExportConceptRequest(_message.Message):
@@ -341,20 +426,179 @@ class ExportConceptResponse(_message.Message):
 
     CONTENT_FIELD_NUMBER: _builtins.int
     PLACEHOLDER_TOKEN_FIELD_NUMBER: _builtins.int
+    CONCEPT_FIELD_NUMBER: _builtins.int
     content: _builtins.bytes
     """The file."""
     placeholder_token: _builtins.str
     """The name under which the concept is stored."""
+    @_builtins.property
+    def concept(self) -> Global___Concept:
+        """What the file holds, without metadata."""
+
     def __init__(
         self,
         *,
         content: _builtins.bytes = ...,
         placeholder_token: _builtins.str = ...,
+        concept: Global___Concept | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["concept", b"concept"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "placeholder_token", b"placeholder_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concept", b"concept", "content", b"content", "placeholder_token", b"placeholder_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportConceptResponse: _TypeAlias = ExportConceptResponse  # noqa: Y015
+
+@_typing.final
+class ListConceptVersionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACEHOLDER_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    placeholder_token: _builtins.str
+    """The name, not a reference; required."""
+    page_size: _builtins.int
+    """Versions per page, at most 1000; default (0) 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before, for the same name; default empty: the first page."""
+    def __init__(
+        self,
+        *,
+        placeholder_token: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "placeholder_token", b"placeholder_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListConceptVersionsRequest: _TypeAlias = ListConceptVersionsRequest  # noqa: Y015
+
+@_typing.final
+class ListConceptVersionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where the next page begins; empty on the last one."""
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Concept]:
+        """One page, without metadata."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[Global___Concept] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListConceptVersionsResponse: _TypeAlias = ListConceptVersionsResponse  # noqa: Y015
+
+@_typing.final
+class SetConceptAliasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACEHOLDER_TOKEN_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    placeholder_token: _builtins.str
+    """The name, not a reference; required."""
+    alias: _builtins.str
+    """1 to 63 of `a-z 0-9 . _ -`, beginning with a letter, not `latest`; required."""
+    version: _builtins.int
+    """The version that it is to stand for; default: the latest."""
+    etag: _builtins.str
+    """As in ImportConceptRequest; default empty."""
+    def __init__(
+        self,
+        *,
+        placeholder_token: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        version: _builtins.int | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "alias", b"alias", "etag", b"etag", "placeholder_token", b"placeholder_token", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___SetConceptAliasRequest: _TypeAlias = SetConceptAliasRequest  # noqa: Y015
+
+@_typing.final
+class SetConceptAliasResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONCEPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def concept(self) -> Global___Concept:
+        """The version that the alias stands for now, without metadata."""
+
+    def __init__(
+        self,
+        *,
+        concept: Global___Concept | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["concept", b"concept"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concept", b"concept"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetConceptAliasResponse: _TypeAlias = SetConceptAliasResponse  # noqa: Y015
+
+@_typing.final
+class DeleteConceptAliasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACEHOLDER_TOKEN_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    placeholder_token: _builtins.str
+    """The name, not a reference; required."""
+    alias: _builtins.str
+    """The alias; required."""
+    etag: _builtins.str
+    """As in ImportConceptRequest; default empty."""
+    def __init__(
+        self,
+        *,
+        placeholder_token: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "etag", b"etag", "placeholder_token", b"placeholder_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteConceptAliasRequest: _TypeAlias = DeleteConceptAliasRequest  # noqa: Y015
+
+@_typing.final
+class DeleteConceptAliasResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteConceptAliasResponse: _TypeAlias = DeleteConceptAliasResponse  # noqa: Y015

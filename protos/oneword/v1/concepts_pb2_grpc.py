@@ -55,10 +55,30 @@ class ConceptServiceStub:
                 request_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.DeleteConceptRequest.SerializeToString,
                 response_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.DeleteConceptResponse.FromString,
                 _registered_method=True)
+        self.UndeleteConcept = channel.unary_unary(
+                '/oneword.v1.ConceptService/UndeleteConcept',
+                request_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.UndeleteConceptRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.UndeleteConceptResponse.FromString,
+                _registered_method=True)
         self.ExportConcept = channel.unary_unary(
                 '/oneword.v1.ConceptService/ExportConcept',
                 request_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.ExportConceptRequest.SerializeToString,
                 response_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.ExportConceptResponse.FromString,
+                _registered_method=True)
+        self.ListConceptVersions = channel.unary_unary(
+                '/oneword.v1.ConceptService/ListConceptVersions',
+                request_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.ListConceptVersionsRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.ListConceptVersionsResponse.FromString,
+                _registered_method=True)
+        self.SetConceptAlias = channel.unary_unary(
+                '/oneword.v1.ConceptService/SetConceptAlias',
+                request_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.SetConceptAliasRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.SetConceptAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteConceptAlias = channel.unary_unary(
+                '/oneword.v1.ConceptService/DeleteConceptAlias',
+                request_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.DeleteConceptAliasRequest.SerializeToString,
+                response_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.DeleteConceptAliasResponse.FromString,
                 _registered_method=True)
 
 
@@ -89,7 +109,14 @@ class ConceptServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteConcept(self, request, context):
-        """Removes a concept; requests that already use it are not disturbed.
+        """Removes a concept with all its versions; requests that already use it are not disturbed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeleteConcept(self, request, context):
+        """Brings a deleted concept back, with its versions and aliases, as long as it was not collected.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +124,27 @@ class ConceptServiceServicer:
 
     def ExportConcept(self, request, context):
         """Returns a concept as a file.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListConceptVersions(self, request, context):
+        """Lists the versions of a concept, the newest first, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetConceptAlias(self, request, context):
+        """Lets `name@alias` stand for a version, or moves it there. No error where it does already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteConceptAlias(self, request, context):
+        """Takes an alias from a concept; the version stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,10 +173,30 @@ def add_ConceptServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.DeleteConceptRequest.FromString,
                     response_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.DeleteConceptResponse.SerializeToString,
             ),
+            'UndeleteConcept': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndeleteConcept,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.UndeleteConceptRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.UndeleteConceptResponse.SerializeToString,
+            ),
             'ExportConcept': grpc.unary_unary_rpc_method_handler(
                     servicer.ExportConcept,
                     request_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.ExportConceptRequest.FromString,
                     response_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.ExportConceptResponse.SerializeToString,
+            ),
+            'ListConceptVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListConceptVersions,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.ListConceptVersionsRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.ListConceptVersionsResponse.SerializeToString,
+            ),
+            'SetConceptAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetConceptAlias,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.SetConceptAliasRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.SetConceptAliasResponse.SerializeToString,
+            ),
+            'DeleteConceptAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteConceptAlias,
+                    request_deserializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.DeleteConceptAliasRequest.FromString,
+                    response_serializer=protos_dot_oneword_dot_v1_dot_concepts__pb2.DeleteConceptAliasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -251,6 +319,33 @@ class ConceptService:
             _registered_method=True)
 
     @staticmethod
+    def UndeleteConcept(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneword.v1.ConceptService/UndeleteConcept',
+            protos_dot_oneword_dot_v1_dot_concepts__pb2.UndeleteConceptRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_concepts__pb2.UndeleteConceptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ExportConcept(request,
             target,
             options=(),
@@ -267,6 +362,87 @@ class ConceptService:
             '/oneword.v1.ConceptService/ExportConcept',
             protos_dot_oneword_dot_v1_dot_concepts__pb2.ExportConceptRequest.SerializeToString,
             protos_dot_oneword_dot_v1_dot_concepts__pb2.ExportConceptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListConceptVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneword.v1.ConceptService/ListConceptVersions',
+            protos_dot_oneword_dot_v1_dot_concepts__pb2.ListConceptVersionsRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_concepts__pb2.ListConceptVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetConceptAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneword.v1.ConceptService/SetConceptAlias',
+            protos_dot_oneword_dot_v1_dot_concepts__pb2.SetConceptAliasRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_concepts__pb2.SetConceptAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteConceptAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneword.v1.ConceptService/DeleteConceptAlias',
+            protos_dot_oneword_dot_v1_dot_concepts__pb2.DeleteConceptAliasRequest.SerializeToString,
+            protos_dot_oneword_dot_v1_dot_concepts__pb2.DeleteConceptAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

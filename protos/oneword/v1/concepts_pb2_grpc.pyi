@@ -42,9 +42,17 @@ class ConceptServiceStub:
     ListConcepts: _grpc.UnaryUnaryMultiCallable[_concepts_pb2.ListConceptsRequest, _concepts_pb2.ListConceptsResponse]
     """Lists concepts in the order of their names (by code point), page by page."""
     DeleteConcept: _grpc.UnaryUnaryMultiCallable[_concepts_pb2.DeleteConceptRequest, _concepts_pb2.DeleteConceptResponse]
-    """Removes a concept; requests that already use it are not disturbed."""
+    """Removes a concept with all its versions; requests that already use it are not disturbed."""
+    UndeleteConcept: _grpc.UnaryUnaryMultiCallable[_concepts_pb2.UndeleteConceptRequest, _concepts_pb2.UndeleteConceptResponse]
+    """Brings a deleted concept back, with its versions and aliases, as long as it was not collected."""
     ExportConcept: _grpc.UnaryUnaryMultiCallable[_concepts_pb2.ExportConceptRequest, _concepts_pb2.ExportConceptResponse]
     """Returns a concept as a file."""
+    ListConceptVersions: _grpc.UnaryUnaryMultiCallable[_concepts_pb2.ListConceptVersionsRequest, _concepts_pb2.ListConceptVersionsResponse]
+    """Lists the versions of a concept, the newest first, page by page."""
+    SetConceptAlias: _grpc.UnaryUnaryMultiCallable[_concepts_pb2.SetConceptAliasRequest, _concepts_pb2.SetConceptAliasResponse]
+    """Lets `name@alias` stand for a version, or moves it there. No error where it does already."""
+    DeleteConceptAlias: _grpc.UnaryUnaryMultiCallable[_concepts_pb2.DeleteConceptAliasRequest, _concepts_pb2.DeleteConceptAliasResponse]
+    """Takes an alias from a concept; the version stays."""
 
 @_typing.type_check_only
 class ConceptServiceAsyncStub(ConceptServiceStub):
@@ -60,9 +68,17 @@ class ConceptServiceAsyncStub(ConceptServiceStub):
     ListConcepts: _aio.UnaryUnaryMultiCallable[_concepts_pb2.ListConceptsRequest, _concepts_pb2.ListConceptsResponse]  # type: ignore[assignment]
     """Lists concepts in the order of their names (by code point), page by page."""
     DeleteConcept: _aio.UnaryUnaryMultiCallable[_concepts_pb2.DeleteConceptRequest, _concepts_pb2.DeleteConceptResponse]  # type: ignore[assignment]
-    """Removes a concept; requests that already use it are not disturbed."""
+    """Removes a concept with all its versions; requests that already use it are not disturbed."""
+    UndeleteConcept: _aio.UnaryUnaryMultiCallable[_concepts_pb2.UndeleteConceptRequest, _concepts_pb2.UndeleteConceptResponse]  # type: ignore[assignment]
+    """Brings a deleted concept back, with its versions and aliases, as long as it was not collected."""
     ExportConcept: _aio.UnaryUnaryMultiCallable[_concepts_pb2.ExportConceptRequest, _concepts_pb2.ExportConceptResponse]  # type: ignore[assignment]
     """Returns a concept as a file."""
+    ListConceptVersions: _aio.UnaryUnaryMultiCallable[_concepts_pb2.ListConceptVersionsRequest, _concepts_pb2.ListConceptVersionsResponse]  # type: ignore[assignment]
+    """Lists the versions of a concept, the newest first, page by page."""
+    SetConceptAlias: _aio.UnaryUnaryMultiCallable[_concepts_pb2.SetConceptAliasRequest, _concepts_pb2.SetConceptAliasResponse]  # type: ignore[assignment]
+    """Lets `name@alias` stand for a version, or moves it there. No error where it does already."""
+    DeleteConceptAlias: _aio.UnaryUnaryMultiCallable[_concepts_pb2.DeleteConceptAliasRequest, _concepts_pb2.DeleteConceptAliasResponse]  # type: ignore[assignment]
+    """Takes an alias from a concept; the version stays."""
 
 class ConceptServiceServicer(metaclass=_abc_1.ABCMeta):
     """The stored concepts: learned pseudo-words that prompts can use by name."""
@@ -99,7 +115,15 @@ class ConceptServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _concepts_pb2.DeleteConceptRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_concepts_pb2.DeleteConceptResponse, _abc.Awaitable[_concepts_pb2.DeleteConceptResponse]]:
-        """Removes a concept; requests that already use it are not disturbed."""
+        """Removes a concept with all its versions; requests that already use it are not disturbed."""
+
+    @_abc_1.abstractmethod
+    def UndeleteConcept(
+        self,
+        request: _concepts_pb2.UndeleteConceptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_concepts_pb2.UndeleteConceptResponse, _abc.Awaitable[_concepts_pb2.UndeleteConceptResponse]]:
+        """Brings a deleted concept back, with its versions and aliases, as long as it was not collected."""
 
     @_abc_1.abstractmethod
     def ExportConcept(
@@ -108,5 +132,29 @@ class ConceptServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_concepts_pb2.ExportConceptResponse, _abc.Awaitable[_concepts_pb2.ExportConceptResponse]]:
         """Returns a concept as a file."""
+
+    @_abc_1.abstractmethod
+    def ListConceptVersions(
+        self,
+        request: _concepts_pb2.ListConceptVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_concepts_pb2.ListConceptVersionsResponse, _abc.Awaitable[_concepts_pb2.ListConceptVersionsResponse]]:
+        """Lists the versions of a concept, the newest first, page by page."""
+
+    @_abc_1.abstractmethod
+    def SetConceptAlias(
+        self,
+        request: _concepts_pb2.SetConceptAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_concepts_pb2.SetConceptAliasResponse, _abc.Awaitable[_concepts_pb2.SetConceptAliasResponse]]:
+        """Lets `name@alias` stand for a version, or moves it there. No error where it does already."""
+
+    @_abc_1.abstractmethod
+    def DeleteConceptAlias(
+        self,
+        request: _concepts_pb2.DeleteConceptAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_concepts_pb2.DeleteConceptAliasResponse, _abc.Awaitable[_concepts_pb2.DeleteConceptAliasResponse]]:
+        """Takes an alias from a concept; the version stays."""
 
 def add_ConceptServiceServicer_to_server(servicer: ConceptServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -616,22 +616,28 @@ class MatchedConcept(_message.Message):
     PLACEHOLDER_TOKEN_FIELD_NUMBER: _builtins.int
     CONCEPT_ID_FIELD_NUMBER: _builtins.int
     NUM_VECTORS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     placeholder_token: _builtins.str
     """Its name in the prompt."""
     concept_id: _builtins.str
     """Identity of its vectors, as in `Concept.concept_id`."""
     num_vectors: _builtins.int
     """Tokens that it took."""
+    version: _builtins.int
+    """`Concept.version` of the stored concept that was used; 0 where its vectors came with the
+    request, which those of a job do: they were copied when it was submitted.
+    """
     def __init__(
         self,
         *,
         placeholder_token: _builtins.str = ...,
         concept_id: _builtins.str = ...,
         num_vectors: _builtins.int = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["concept_id", b"concept_id", "num_vectors", b"num_vectors", "placeholder_token", b"placeholder_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concept_id", b"concept_id", "num_vectors", b"num_vectors", "placeholder_token", b"placeholder_token", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
