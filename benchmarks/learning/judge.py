@@ -74,19 +74,27 @@ class Judge:
     @torch.no_grad()
     def loss(self, vectors: Vectors) -> float:
         """The denoising loss on samples that no run has seen."""
-        return self._objective.evaluate(vectors, self._samples, at_once=64)
+        return self._objective(len(vectors)).evaluate(vectors, self._samples, at_once=64)
 
     @cached_property
     def images(self) -> TrainingImages:
         return read_images(self.folder, size=image_size(self.model))
 
     @cached_property
-    def _objective(self) -> Objective:
-        return OwnImages.of(self.model, self.images, LearnOptions()).objectives[-1]
+    def _objectives(self) -> dict[int, Objective]:
+        return {}
+
+    def _objective(self, num_vectors: int) -> Objective:
+        """The loss of words of so many vectors."""
+        if num_vectors not in self._objectives:
+            options = LearnOptions(num_vectors=num_vectors)
+            own = OwnImages.of(self.model, self.images, options)
+            self._objectives[num_vectors] = own.objectives[-1]
+        return self._objectives[num_vectors]
 
     @cached_property
     def _samples(self) -> Batch:
-        return self._objective.draw(SAMPLES, torch.Generator().manual_seed(_SEED))
+        return self._objective(1).draw(SAMPLES, torch.Generator().manual_seed(_SEED))
 
     def judge(self, vectors: Vectors) -> Judgement:
         """Draw the word and mark what was drawn."""
