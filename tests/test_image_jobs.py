@@ -328,6 +328,26 @@ async def test_a_worker_that_dies_often_fails_the_job_and_no_other(store: ImageJ
     assert store.get(other.job_id, tenant="a").status == "succeeded"
 
 
+async def test_a_disk_that_fails_for_a_while_costs_no_job(
+    store: ImageJobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.image_jobs.runner._RETRY_S", 0.0)
+    requeue, refusals = store.requeue, iter(range(2))
+
+    def reluctant(job_id: str, *, counts: bool) -> None:
+        if next(refusals, None) is not None:
+            raise StoreError("the disk is full")
+        requeue(job_id, counts=counts)
+
+    monkeypatch.setattr(store, "requeue", reluctant)
+    job = submit(store)
+    studio = Studio(failures=[StoreError("the disk is full") for _ in range(MAX_ATTEMPTS + 2)])
+    async with running(store, studio):
+        await until(lambda: store.get(job.job_id, tenant="a").has_ended)
+    ended = store.get(job.job_id, tenant="a")
+    assert (ended.status, ended.attempts) == ("succeeded", 1)
+
+
 async def test_a_full_queue_is_waited_for(store: ImageJobStore) -> None:
     job = submit(store)
     studio = Studio(failures=[QueueFull("full", retry_after_s=0.0) for _ in range(20)])

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakValueDictionary
 
 from engine.errors import ShuttingDown, StoreError, WorkerDied
@@ -150,7 +151,7 @@ class ImageJobRunner:
         except StoreError as error:
             logger.error("job %s: %s", job_id, error)
             await asyncio.sleep(_RETRY_S)
-            await self._again(running.job, error)
+            await self._requeue(job_id, counts=False)  # it is not the job's fault
         except Exception as error:
             if is_internal(error):
                 log_fault(logger, error, "job %s failed", job_id)
@@ -212,7 +213,10 @@ class ImageJobRunner:
             failure = failure_of(error, job.job_id).SerializeToString()
             await self._end(job.job_id, "failed", failure=failure)
         else:
-            await asyncio.to_thread(self.store.requeue, job.job_id, counts=True)
+            await self._requeue(job.job_id, counts=True)
+
+    async def _requeue(self, job_id: str, *, counts: bool) -> None:
+        await self._write(job_id, partial(self.store.requeue, job_id, counts=counts))
 
     async def _end(
         self,
@@ -222,13 +226,16 @@ class ImageJobRunner:
         failure: bytes | None = None,
         summary: bytes | None = None,
     ) -> None:
-        """End a job, for as long as it takes the disk to let it."""
+        await self._write(
+            job_id, partial(self.store.end, job_id, status, failure=failure, summary=summary)
+        )
+
+    async def _write(self, job_id: str, write: Callable[[], None]) -> None:
+        """Change what is kept of a job, for as long as it takes the disk to let it."""
         while True:
             try:
-                await asyncio.to_thread(
-                    self.store.end, job_id, status, failure=failure, summary=summary
-                )
+                await asyncio.to_thread(write)
                 return
             except StoreError as error:
-                logger.error("the end of job %s cannot be written: %s", job_id, error)
+                logger.error("what became of job %s cannot be written: %s", job_id, error)
                 await asyncio.sleep(_RETRY_S)
