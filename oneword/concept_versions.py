@@ -6,7 +6,7 @@ from datetime import UTC
 from typing import Any
 
 from engine.printing import printable
-from oneword.connection import add_server_arguments, connect
+from oneword.connection import add_server_action, connect
 from protos.oneword.v1 import concepts_pb2
 
 
@@ -40,8 +40,7 @@ def time_of(concept: concepts_pb2.Concept) -> str:
 
 def _add(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None]) -> None:
     parser.add_argument("placeholder_token", metavar="NAME")
-    add_server_arguments(parser)
-    parser.set_defaults(action=action)
+    add_server_action(parser, action)
 
 
 def _versions(arguments: argparse.Namespace) -> None:

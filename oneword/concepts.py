@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from engine.dialects.writers import DIALECTS, NAMED_BY_FILE, write_dialect
 from engine.errors import InvalidRequest
 from engine.printing import printable
 from oneword.concept_versions import add_actions, add_etag, time_of
-from oneword.connection import add_server_arguments, connect
+from oneword.connection import add_server_action, connect
 from protos.oneword.v1 import concepts_pb2
 
 
@@ -21,16 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand for each thing that can be done with a concept."""
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     _add_import(actions.add_parser("import", help="store a concept file on a server"))
-    _add(actions.add_parser("list", help="list the concepts that a server stores"), _list)
+    add_server_action(
+        actions.add_parser("list", help="list the concepts that a server stores"), _list
+    )
     show = actions.add_parser("show", help="describe a concept file, or a stored concept")
     show.add_argument("concept", metavar="FILE_OR_NAME")
     _add_text_encoder_2(show)
-    _add(show, _show)
+    add_server_action(show, _show)
     _add_export(actions.add_parser("export", help="write a concept file in another format"))
     delete = actions.add_parser("delete", help="remove a stored concept")
     delete.add_argument("placeholder_token", metavar="NAME")
     add_etag(delete)
-    _add(delete, _delete)
+    add_server_action(delete, _delete)
     add_actions(actions)
 
 
@@ -39,18 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], None]) -> None:
-    add_server_arguments(parser)
-    parser.set_defaults(action=action)
-
-
 def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="of any tool: docs/concepts.md lists them")
     _add_text_encoder_2(parser)
     parser.add_argument("--placeholder-token", metavar="NAME", help="store it under this name")
     parser.add_argument("--overwrite", action="store_true", help="publish a new version of it")
     add_etag(parser)
-    _add(parser, _import)
+    add_server_action(parser, _import)
 
 
 def _add_text_encoder_2(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +66,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=DIALECTS, default="oneword")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--placeholder-token", metavar="NAME", help="rename it in the new file")
-    _add(parser, _export)
+    add_server_action(parser, _export)
 
 
 def _import(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,3 +60,11 @@ def connect(
         tls_key=arguments.tls_key,
     )
     return Client(arguments.server, timeout_s=timeout_s, security=security, retry=retry)
+
+
+def add_server_action(
+    parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], int | None]
+) -> None:
+    """Have a command be one that asks a server."""
+    add_server_arguments(parser)
+    parser.set_defaults(action=action)

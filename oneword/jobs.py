@@ -6,7 +6,6 @@ watched.
 
 import argparse
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC
 from pathlib import Path
@@ -19,7 +18,7 @@ from engine.client import Client, ServerError
 from engine.client.jobs import ENDED
 from engine.errors import InvalidRequest, OneWordError
 from engine.printing import printable
-from oneword.connection import add_server_arguments, connect
+from oneword.connection import add_server_action, connect
 from oneword.generate import (
     add_request_arguments,
     build_request,
@@ -50,32 +49,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     submit.add_argument(
         "--output", type=Path, help="wait for it, and write its images: .png or .webp"
     )
-    _add(submit, _submit)
-    _add(actions.add_parser("list", help="list the jobs of a server"), _list)
+    add_server_action(submit, _submit)
+    add_server_action(actions.add_parser("list", help="list the jobs of a server"), _list)
     watch = actions.add_parser("watch", help="follow a job to its end")
     _add_id(watch)
     watch.add_argument("--output", type=Path, help="write its images")
-    _add(watch, _watch)
+    add_server_action(watch, _watch)
     get = actions.add_parser("get", help="write the images of a job as far as they are done")
     _add_id(get)
     get.add_argument("--output", type=Path, required=True)
-    _add(get, _get)
+    add_server_action(get, _get)
     for name, summary, action in (
         ("cancel", "stop a job; images that are done stay", _cancel),
         ("delete", "forget a job that has ended, and its images", _delete),
     ):
         subparser = actions.add_parser(name, help=summary)
         _add_id(subparser)
-        _add(subparser, action)
+        add_server_action(subparser, action)
 
 
 def run(arguments: argparse.Namespace) -> int:
     return arguments.action(arguments)
-
-
-def _add(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], int]) -> None:
-    add_server_arguments(parser)
-    parser.set_defaults(action=action)
 
 
 def _add_id(parser: argparse.ArgumentParser) -> None:

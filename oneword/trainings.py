@@ -6,7 +6,6 @@ A training outlives the command that made it: what is watched here goes on witho
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
 from datetime import UTC
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from engine.client.retries import RetryPolicy
 from engine.errors import InvalidRequest
 from engine.files import write_atomically
 from engine.printing import printable
-from oneword.connection import add_server_arguments, connect
+from oneword.connection import add_server_action, connect
 from oneword.image_folder import ImageFolder, read_image_folder
 from oneword.training_display import INTERRUPTED, command_line, follow, state_name
 from protos.oneword.v1 import training_pb2
@@ -35,28 +34,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     watch = actions.add_parser("watch", help="follow a training to its end")
     _add_id(watch)
     _add_previews(watch)
-    _add(watch, _watch)
-    _add(actions.add_parser("list", help="list the trainings of a server"), _list)
+    add_server_action(watch, _watch)
+    add_server_action(actions.add_parser("list", help="list the trainings of a server"), _list)
     for name, summary, action in (
         ("cancel", "stop a training; what it has learned is given up", _cancel),
         ("delete", "forget a training that has ended; its concept stays", _delete),
     ):
         subparser = actions.add_parser(name, help=summary)
         _add_id(subparser)
-        _add(subparser, action)
+        add_server_action(subparser, action)
     export = actions.add_parser("export", help="fetch what was learned as a concept file")
     _add_id(export)
     export.add_argument("--output", type=Path, required=True)
-    _add(export, _export)
+    add_server_action(export, _export)
 
 
 def run(arguments: argparse.Namespace) -> int:
     return arguments.action(arguments)
-
-
-def _add(parser: argparse.ArgumentParser, action: Callable[[argparse.Namespace], int]) -> None:
-    add_server_arguments(parser)
-    parser.set_defaults(action=action)
 
 
 def _add_id(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +77,7 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
     )
     _add_previews(parser)
     parser.add_argument("--detach", action="store_true", help="do not watch it")
-    _add(parser, _create)
+    add_server_action(parser, _create)
 
 
 def _create(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Concept stores for tests: the three kinds of places, and a clock that is moved by hand."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from engine.concepts import Concept
+from engine.errors import UnknownConcept
 from engine.store.concept_store import ConceptStore, StoreConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +81,22 @@ def open_store(place: dict[str, Any]) -> Iterator[OpenStore]:
     yield open_
     for store in opened:
         store.close()
+
+
+@pytest.fixture
+def store(open_store: OpenStore) -> ConceptStore:
+    return open_store()
+
+
+def publish(store: ConceptStore, *values: float, token: str = "<c>", **tenant: str) -> None:
+    for value in values:
+        store.import_concept(make_concept(token, value), overwrite=True, **tenant)
+
+
+def assert_unknown(store: ConceptStore, *references: str, **tenant: str) -> None:
+    for reference in references:
+        with pytest.raises(UnknownConcept, match=re.escape(repr(reference))):
+            store.get(reference, **tenant)
 
 
 def in_process(code: str, *arguments: str) -> "subprocess.Popen[bytes]":

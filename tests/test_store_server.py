@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import StoreError
-from engine.serving.serve import _open_store
+from engine.serving.serve import open_store
 from engine.serving.server_config import ServerConfig
 from engine.store.concept_store import Collected, ConceptStore
 from tests import service_harness
@@ -46,7 +46,7 @@ def test_servers_that_name_one_index_and_one_place_share_their_concepts(
         config = ServerConfig(
             bundle=Path("none"), concept_index=url, concept_files=str(tmp_path / "files")
         )
-        stores = [_open_store(config) for _ in range(2)]
+        stores = [open_store(config) for _ in range(2)]
         stores[0].import_concept(make_concept("<c>"))
         assert value_of(stores[1], "<c>") == 1.0
         for store in stores:
@@ -54,10 +54,10 @@ def test_servers_that_name_one_index_and_one_place_share_their_concepts(
 
 
 def test_server_without_a_place_forgets_its_concepts(tmp_path: Path) -> None:
-    store = _open_store(ServerConfig(bundle=Path("none")))
+    store = open_store(ServerConfig(bundle=Path("none")))
     folder = store.folder
     store.close()
     assert folder and not folder.exists()
-    kept = _open_store(ServerConfig(bundle=Path("none"), concept_dir=tmp_path))
+    kept = open_store(ServerConfig(bundle=Path("none"), concept_dir=tmp_path))
     assert kept.folder == tmp_path
     kept.close()

@@ -27,7 +27,7 @@ from engine.operations.memory import children_resident_bytes, resident_bytes
 from engine.planner import GenerationPlan
 from engine.serving.deployment import close_model, measured
 from engine.serving.model_opening import in_daemon_thread, model_opener
-from engine.serving.serve import _open_store as open_store
+from engine.serving.serve import open_store
 from engine.serving.server import Server
 from engine.serving.server_config import ServerConfig
 

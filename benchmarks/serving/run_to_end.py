@@ -25,7 +25,7 @@ from engine.batching.fair_queue import SAFETY, FairQueue
 from engine.batching.jobs import Job
 from engine.batching.model import Model
 from engine.batching.step_costs import CostTable
-from engine.batching.step_loop import _CERTAIN as CERTAIN
+from engine.batching.step_loop import CERTAIN
 from engine.errors import DeadlineExceeded, InvalidRequest, NumericalError, ShuttingDown
 from engine.planner import GenerationPlan
 from engine.store.concept_store import DEFAULT_TENANT

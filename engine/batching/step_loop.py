@@ -37,7 +37,7 @@ MAX_RESTARTS = 2  # of a request in whose calls workers died
 # Many images decode together where that takes hardly longer than one.
 DECODE_STRETCH = 1.25
 # A request leaves before its deadline when not even this part of its remaining time is left.
-_CERTAIN = 0.8
+CERTAIN = 0.8
 READY_POLL_S = 0.5
 
 
@@ -167,7 +167,7 @@ class StepLoop:
         least_ms = self.costs.alone_ms(
             area=job.area, rows=job.rows, num_steps=max(steps, default=0)
         )
-        return job.reason_to_drop(now, _CERTAIN * least_ms / 1e3)
+        return job.reason_to_drop(now, CERTAIN * least_ms / 1e3)
 
     def _admit(self) -> None:
         started = self.clock()

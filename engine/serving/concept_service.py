@@ -6,7 +6,7 @@ from engine.concepts import Concept, check_fits, concept_from_bytes, concept_to_
 from engine.errors import ConceptUnreadable, InvalidRequest
 from engine.security.callers import current_caller
 from engine.serving import wire
-from engine.serving.paging import checked_page_size, key_of, page_token
+from engine.serving.paging import checked_page_size, key_of, not_of_this_list, page_token
 from engine.serving.runtime import Runtime
 from engine.serving.service import Context, guarded
 from engine.store.concept_store import StoredConcept
@@ -204,9 +204,5 @@ def _last_version(key: str, name: str) -> int:
         return LARGEST_INTEGER
     version, _, of = key.partition(" ")
     if of != name or not (version.isascii() and version.isdigit() and len(version) < 19):
-        raise InvalidRequest(
-            "page_token is not one of ListConceptVersions for this name; pass next_page_token on "
-            "as it is",
-            field="page_token",
-        )
+        raise not_of_this_list()
     return int(version)

@@ -28,7 +28,7 @@ def key_of(token: str) -> str:
     try:
         return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError) as error:
-        raise _not_ours() from error
+        raise not_of_this_list() from error
 
 
 def token_after(time_s: float, name: str) -> str:
@@ -45,10 +45,11 @@ def time_and_name(token: str) -> tuple[float, str] | None:
     try:
         return float(time_s), name
     except ValueError as error:
-        raise _not_ours() from error
+        raise not_of_this_list() from error
 
 
-def _not_ours() -> InvalidRequest:
+def not_of_this_list() -> InvalidRequest:
+    """The error for a token that another list has given out, or nobody."""
     return InvalidRequest(
         "page_token is not one of this list; pass next_page_token on as it is", field="page_token"
     )

@@ -29,7 +29,7 @@ async def serve(
     planner, model = await in_daemon_thread(model_opener(config), config.bundle)
     try:
         costs = await asyncio.to_thread(measured, planner, model, config.batcher)
-        store = await asyncio.to_thread(_open_store, config)
+        store = await asyncio.to_thread(open_store, config)
         server = Server(planner, store, config, model=model, costs=costs)
     except BaseException:
         close_model(model)
@@ -48,7 +48,8 @@ async def serve(
         await server.stop(config.grace_s)
 
 
-def _open_store(config: ServerConfig) -> ConceptStore:
+def open_store(config: ServerConfig) -> ConceptStore:
+    """The concepts that a server is told to keep; in a folder that goes away where it is not."""
     if config.concept_dir is None and not config.concept_index and not config.concept_files:
         return ConceptStore.temporary(config.store)
     return ConceptStore(
