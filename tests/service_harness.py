@@ -78,6 +78,7 @@ async def start_server() -> AsyncIterator[StartServer]:
 
     async def start(**settings: Any) -> Harness:
         limits = settings.pop("limits", SMALL_LIMITS)
+        settings = {"progress_interval_s": 0.0, **settings}  # each step of a fast model is told
         config = ServerConfig(bundle=Path("none"), listen="127.0.0.1:0", **settings)
         denoiser, store = FakeDenoiser(), ConceptStore.temporary()
         server = Server(make_pipeline(denoiser, limits=limits), store, config)

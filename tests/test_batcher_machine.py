@@ -83,13 +83,23 @@ class BatcherMachine(RuleBasedStateMachine):
         {"nan": model.nan_seeds, "broken": model.broken_seeds, "deadly": model.deadly_seeds}.get(
             kind, set[int]()
         ).add(seed)
+        refused_early = self.is_refused_early(tenant, more["within_ms"])
         try:
             heard = self.rig.submit(
                 steps, num_images=images, rows=rows, side=side, tenant=tenant, seed=seed, **more
             )
         except (QueueFull, DeadlineExceeded):
             return
+        assert not refused_early, "what is refused before it is planned is refused in any case"
         self.accepted.append(heard)
+
+    def is_refused_early(self, tenant: str, within_ms: float | None) -> bool:
+        deadline = None if within_ms is None else self.rig.clock() + within_ms / 1e3
+        try:
+            self.rig.loop.check_early(num_images=1, deadline=deadline, tenant=tenant)
+        except (QueueFull, DeadlineExceeded):
+            return True
+        return False
 
     @precondition(lambda self: self.accepted)
     @rule(data=st.data())

@@ -16,6 +16,7 @@ from engine.pipeline import Pipeline
 from engine.requests import GenerationRequest
 from engine.worker.process import WorkerCommand
 from engine.worker.remote_model import RemoteModel, open_remote
+from engine.worker.supervisor import WorkerConfig
 from engine.worker.wire import Message, WireError
 from tests import faulty_worker
 from tests.worker_harness import (
@@ -47,6 +48,14 @@ def model(faults: Path, emoji_bundle_path: Path) -> Iterator[RemoteModel]:
 
 def picture(width: int, height: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_the_process_leaves_the_cores_to_who_is_less_patient(emoji_bundle_path: Path) -> None:
+    _, model = open_remote(emoji_bundle_path, config=WorkerConfig(niceness=7))
+    assert model.pid is not None
+    ours, theirs = os.getpriority(os.PRIO_PROCESS, 0), os.getpriority(os.PRIO_PROCESS, model.pid)
+    model.close()
+    assert theirs == min(ours + 7, 19)
 
 
 # The same images

@@ -14,6 +14,7 @@ from PIL import Image
 import engine.errors
 from engine.batching.batcher import BatcherConfig
 from engine.errors import EngineError
+from engine.planner import Planner
 from engine.serving.status import STATUS, status_of
 from protos.oneword.v1 import server_info_pb2
 from protos.oneword.v1.generation_pb2 import GenerateRequest
@@ -110,7 +111,9 @@ async def test_a_message_beyond_the_limit_is_refused(start_server: StartServer) 
     assert await served.generate(prompt="a cat")
 
 
-async def test_a_full_queue_says_when_to_come_back(start_server: StartServer) -> None:
+async def test_a_full_queue_says_when_to_come_back(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = await start_server(
         batcher=BatcherConfig(max_images_in_flight=1, max_queued_images=1, max_batch_rows=2)
     )
@@ -120,7 +123,9 @@ async def test_a_full_queue_says_when_to_come_back(start_server: StartServer) ->
     second = asyncio.create_task(served.generate(prompt="a dog"))
     while served.server.batcher.load != (1, 1):
         await asyncio.sleep(0.005)
-    error = await served.refusal(prompt="a red dog")
+    with monkeypatch.context() as patch:  # no work goes into what is refused
+        patch.delattr(Planner, "plan")
+        error = await served.refusal(prompt="a red dog")
     assert error.code() == StatusCode.RESOURCE_EXHAUSTED
     delay = details(error)["google.rpc.RetryInfo"].retry_delay
     assert 0 < delay.ToTimedelta().total_seconds() < 60

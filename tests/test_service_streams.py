@@ -4,6 +4,7 @@ import asyncio
 import gc
 import io
 import logging
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -12,7 +13,7 @@ import pytest
 from grpc import StatusCode
 from PIL import Image
 
-from engine.batching.batcher import BatcherConfig, ImageDone, StepDone
+from engine.batching.batcher import BatcherConfig, Failed, ImageDone, StepDone
 from engine.images import read_parameters
 from engine.requests import Limits
 from engine.serving.streams import MAX_WAITING_STEPS, EventStream
@@ -37,6 +38,17 @@ from tests.soak.http2 import message as framed
 
 # Fixtures.
 start_server, served = service_harness.start_server, service_harness.served
+
+
+class LoopThatCounts(asyncio.AbstractEventLoop):
+    """The one method of an event loop that a stream calls, at once, counting."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        self.calls += 1
+        callback(*args)
 
 
 # Streams
@@ -159,6 +171,54 @@ async def test_a_reader_that_lags_loses_old_steps_and_nothing_else() -> None:
     assert isinstance(events[0], ImageDone) and isinstance(events[-1], ImageDone)
     steps = [event.step for event in events if isinstance(event, StepDone)]
     assert steps == list(range(1001 - MAX_WAITING_STEPS, 1001))
+
+
+async def test_steps_that_nobody_follows_do_not_wake_the_loop() -> None:
+    loop = LoopThatCounts()
+    stream = EventStream(loop, follows_steps=lambda: False)
+    for number in range(1, 6):
+        stream.put(StepDone(image_index=0, step=number, num_steps=5))
+    assert loop.calls == 0
+    last = ImageDone(image_index=0, seed=0, image=np.zeros((8, 8, 3), np.uint8), is_last=True)
+    end = Failed(error=ValueError())
+    stream.put(last)
+    stream.put(end)
+    assert loop.calls == 1, "the last image and the end are told together"
+    assert [await stream.get(), await stream.get()] == [last, end]
+
+
+async def test_steps_are_told_at_intervals_but_for_the_last_one_and_previews() -> None:
+    now = 0.0
+    loop = LoopThatCounts()
+    stream = EventStream(loop, step_interval_s=0.1, clock=lambda: now)
+    preview = np.zeros((8, 8, 3), np.uint8)
+    for step in range(1, 9):
+        for image in range(2):
+            due = preview if step == 4 else None
+            stream.put(StepDone(image_index=image, step=step, num_steps=8, preview=due))
+        now += 0.03
+    told = [await stream.get() for _ in range(loop.calls)]
+    for image in range(2):
+        steps = [e.step for e in told if isinstance(e, StepDone) and e.image_index == image]
+        assert steps == [1, 4, 5, 8]  # at 0.00 s, the preview, at 0.12 s, the last
+
+
+async def test_a_caller_that_waits_for_all_hears_nothing_of_steps(served: Harness) -> None:
+    """Also where another one, with the same request id, follows them."""
+    served.denoiser.gate.clear()
+    request = GenerateRequest(prompt="a cat", request_id="r", seed=1)
+    unary = asyncio.ensure_future(
+        served.generation.GenerateImages(generation_pb2.GenerateImagesRequest(request=request))
+    )
+    await asyncio.to_thread(served.denoiser.wait_for_calls, 1)
+    stream = aiter(served.generation.Generate(request))
+    assert (await anext(stream)).accepted.repeated
+    served.denoiser.gate.set()
+    rest = [response async for response in stream]
+    assert "progress" in kinds(rest)
+    answer = await unary
+    (image,) = [response.image for response in rest if response.HasField("image")]
+    assert list(answer.images) == [image]
 
 
 async def test_a_caller_that_leaves_frees_its_place_within_a_step(served: Harness) -> None:

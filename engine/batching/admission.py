@@ -56,32 +56,16 @@ def check_room(job: Job, queue: FairQueue, config: BatcherConfig, costs: CostTab
 
     While no costs are known, only images are counted.
     """
+    check_images(len(job.waiting), job.tenant, queue, config)
     own_images, own_us = queue.held_by(job.tenant)
-    others_wait = queue.num_images > own_images
-    images = _Demand(
-        asked=len(job.waiting),
-        own=own_images,
-        total=queue.num_images,
-        limit=config.max_queued_images,
-        others_wait=others_wait,
-        max_share=config.max_tenant_share,
-    )
     work = _Demand(
         asked=len(job.waiting) * job.image_us,
         own=own_us,
         total=queue.cost_us,
         limit=1000 * config.max_queued_ms,
-        others_wait=others_wait,
+        others_wait=queue.num_images > own_images,
         max_share=config.max_tenant_share,
     )
-    if excess := images.excess():
-        retry_after_s = max(excess / images.total * work.total / 1e6, _LEAST_RETRY_S)
-        raise QueueFull(
-            f"the queue holds {images.total} images ({images.own} of the same tenant), "
-            f"{images.asked} more would pass its limit of {images.limit}; "
-            f"try again in {retry_after_s:.1f} s",
-            retry_after_s=retry_after_s,
-        )
     if costs.is_known(job.area) and (excess := work.excess()):
         retry_after_s = max(excess / 1e6, _LEAST_RETRY_S)
         raise QueueFull(
@@ -90,6 +74,46 @@ def check_room(job: Job, queue: FairQueue, config: BatcherConfig, costs: CostTab
             f"{work.limit / 1e6:g} s; try again in {retry_after_s:.1f} s, or ask for fewer steps "
             "or images",
             retry_after_s=retry_after_s,
+        )
+
+
+def check_images(asked: int, tenant: str, queue: FairQueue, config: BatcherConfig) -> None:
+    """Raise `QueueFull` where so many images more would pass the limit of images."""
+    own, _ = queue.held_by(tenant)
+    images = _Demand(
+        asked=asked,
+        own=own,
+        total=queue.num_images,
+        limit=config.max_queued_images,
+        others_wait=queue.num_images > own,
+        max_share=config.max_tenant_share,
+    )
+    if excess := images.excess():
+        retry_after_s = max(excess / images.total * queue.cost_us / 1e6, _LEAST_RETRY_S)
+        raise QueueFull(
+            f"the queue holds {images.total} images ({images.own} of the same tenant), "
+            f"{images.asked} more would pass its limit of {images.limit}; "
+            f"try again in {retry_after_s:.1f} s",
+            retry_after_s=retry_after_s,
+        )
+
+
+def check_wait(
+    deadline: float | None,
+    queue: FairQueue,
+    in_flight: Sequence[Slot],
+    config: BatcherConfig,
+    costs: CostTable,
+    now: float,
+) -> None:
+    """Raise `DeadlineExceeded` where what is ahead of a deadline leaves no time before it."""
+    if deadline is None:
+        return
+    ahead_s = _ahead_s(deadline, queue, in_flight, config, costs)
+    if ahead_s > deadline - now:
+        raise DeadlineExceeded(
+            f"the deadline cannot be met: {ahead_s:.3f} s of work are predicted ahead of it, "
+            f"{deadline - now:.3f} s are allowed; allow more time, or try again when less waits"
         )
 
 
@@ -102,24 +126,13 @@ def check_deadline(
 ) -> None:
     """Raise `DeadlineExceeded` where the predicted end is past the deadline.
 
-    Ahead of it is what the order of the queue puts there: earlier deadlines, waiting and in flight,
-    and the end of the image that leaves a slot first, if none is free. Predictions of others' work
-    count `SAFETY` times; the request's own is what it takes in the calls that it would share. So a
-    device that is idle refuses only what it could not do in any case.
+    The request's own work is what it takes in the calls that it would share. So a device that is
+    idle refuses only what it could not do in any case.
     """
     if job.deadline is None or not costs.is_known(job.area):
         return
-    ahead_us = float(queue.ahead_us(job.deadline))
-    later = list[Slot]()
-    for slot in in_flight:
-        if slot.job.deadline is not None and slot.job.deadline <= job.deadline:
-            ahead_us += slot.remaining_us(costs)
-        else:
-            later.append(slot)
-    if len(later) == config.max_images_in_flight:
-        ahead_us += min(slot.alone_us(costs) for slot in later)
     own_s = _own_s(job, config, costs, num_others=len(in_flight) + queue.num_images)
-    predicted_s = SAFETY * ahead_us / 1e6 + own_s
+    predicted_s = _ahead_s(job.deadline, queue, in_flight, config, costs) + own_s
     allowed_s = job.deadline - job.submitted
     if predicted_s > allowed_s:
         raise DeadlineExceeded(
@@ -127,6 +140,30 @@ def check_deadline(
             f"the request's own), {allowed_s:.3f} s are allowed; allow more time, ask for fewer "
             "steps or images, or try again when less waits"
         )
+
+
+def _ahead_s(
+    deadline: float,
+    queue: FairQueue,
+    in_flight: Sequence[Slot],
+    config: BatcherConfig,
+    costs: CostTable,
+) -> float:
+    """Time until a request with this deadline has its turn, predicted, `SAFETY` times.
+
+    Ahead of it is what the order of the queue puts there: earlier deadlines, waiting and in flight,
+    and the end of the image that leaves a slot first, if none is free.
+    """
+    ahead_us = float(queue.ahead_us(deadline))
+    later = list[Slot]()
+    for slot in in_flight:
+        if slot.job.deadline is not None and slot.job.deadline <= deadline:
+            ahead_us += slot.remaining_us(costs)
+        else:
+            later.append(slot)
+    if len(later) == config.max_images_in_flight:
+        ahead_us += min(slot.alone_us(costs) for slot in later)
+    return SAFETY * ahead_us / 1e6
 
 
 def _own_s(job: Job, config: BatcherConfig, costs: CostTable, *, num_others: int) -> float:

@@ -95,6 +95,18 @@ class Batcher:
             self._wake.notify_all()
         return job
 
+    def check_early(self, *, num_images: int, deadline: float | None, tenant: str) -> None:
+        """Raise `QueueFull` or `DeadlineExceeded` for what `submit` would refuse in any case.
+
+        For requests that are not planned yet: a refusal then costs next to nothing.
+        """
+        self._loop.check_early(num_images=num_images, deadline=deadline, tenant=tenant)
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether requests may be answered from the result cache."""
+        return self._results is not None
+
     def set_deadline(self, job: Job, deadline: float | None) -> None:
         """Change the deadline of a request, as where others have begun to wait for it."""
         self._loop.set_deadline(job, deadline)

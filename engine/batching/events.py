@@ -22,6 +22,7 @@ class ImageDone:
     image_index: int
     seed: int
     image: RgbImage
+    is_last: bool = False  # of its request, whose end is told right after it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

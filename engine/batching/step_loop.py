@@ -13,7 +13,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
-from engine.batching.admission import check_deadline, check_request, check_room
+from engine.batching.admission import (
+    check_deadline,
+    check_images,
+    check_request,
+    check_room,
+    check_wait,
+)
 from engine.batching.config import BatcherConfig
 from engine.batching.events import Event, Finished, ImageDone, StepDone
 from engine.batching.fair_queue import FairQueue
@@ -120,6 +126,15 @@ class StepLoop:
         """Change the deadline of a request that was submitted."""
         with self.lock:
             self._queue.set_deadline(job, deadline)
+
+    def check_early(self, *, num_images: int, deadline: float | None, tenant: str) -> None:
+        """Raise `QueueFull` or `DeadlineExceeded` for what would be refused however little it is.
+
+        For requests whose cost is not known yet: what is let through here may still be refused.
+        """
+        with self.lock:
+            check_images(num_images, tenant, self._queue, self.config)
+            check_wait(deadline, self._queue, self.in_flight, self.config, self.costs, self.clock())
 
     # The worker ---------------------------------------------------------------------------------
 
@@ -298,8 +313,11 @@ class StepLoop:
         if self._results is not None and job.result_keys:
             self._results.put(job.result_keys[slot.index], picture)
         job.images_left -= 1
-        job.emit(ImageDone(image_index=slot.index, seed=slot.image.seed, image=picture))
-        if job.images_left == 0:
+        is_last = job.images_left == 0
+        job.emit(
+            ImageDone(image_index=slot.index, seed=slot.image.seed, image=picture, is_last=is_last)
+        )
+        if is_last:
             job.emit(Finished(timings=job.timings()))
 
     def _guarded(self, group: list[Slot], call: Callable[[Sequence[Slot]], None]) -> None:

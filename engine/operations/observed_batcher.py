@@ -135,6 +135,9 @@ class Observation:
     def refused(self, watched: Watched, error: Exception) -> None:
         """The batcher did not take it."""
         self._forget(watched)
+        self.count_shed(error)
+
+    def count_shed(self, error: Exception) -> None:
         if reason := _SHED.get(type(error)):
             self.metrics.shed.add(reason)
 
@@ -230,6 +233,13 @@ class ObservedBatcher(Batcher):
         """`options` are those of `Batcher`."""
         super().__init__(ObservedModel(model, observation), config, **options)
         self._observation = observation
+
+    def check_early(self, **options: Any) -> None:
+        try:
+            super().check_early(**options)
+        except Exception as error:
+            self._observation.count_shed(error)
+            raise
 
     def submit(
         self, plan: GenerationPlan, on_event: Callable[[Event], None], **options: Any

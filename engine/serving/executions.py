@@ -53,16 +53,22 @@ class Key:
 class Reader:
     """What one caller has yet to be told: images and the end, and the newest progress."""
 
-    def __init__(self, execution: "Execution", *, repeated: bool) -> None:
+    def __init__(
+        self, execution: "Execution", *, repeated: bool, follows_steps: bool = True
+    ) -> None:
         self.repeated = repeated  # whether an earlier call has begun it
+        self.follows_steps = follows_steps
         self._execution = execution
         self._waiting: deque[GenerateResponse] = deque(execution.told)
         self._num_progress = 0
         self._changed = asyncio.Event()
 
     def put(self, response: GenerateResponse) -> None:
+        is_progress = response.HasField("progress")
+        if is_progress and not self.follows_steps:
+            return
         self._waiting.append(response)
-        if response.HasField("progress"):
+        if is_progress:
             self._num_progress += 1
             if self._num_progress > MAX_WAITING_PROGRESS:
                 self._drop_oldest_progress()
@@ -126,6 +132,11 @@ class Execution:
         for reader in self.readers:
             reader.put(response)
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether anybody does; asked by the batcher's thread too."""
+        return any(reader.follows_steps for reader in tuple(self.readers))
+
     def end(self, error: Exception | None = None) -> None:
         self.error, self.ended = error, True
         for reader in self.readers:
@@ -151,11 +162,13 @@ class Executions:
         ],
         *,
         memory: Memory | None = None,
+        step_interval_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`start` submits a request to the batcher, whose events go into the stream, and is left
-        when the request has ended."""
+        when the request has ended. Steps of an image are told so far apart (`EventStream`)."""
         self.memory = memory or Memory()
+        self._step_interval_s = step_interval_s
         self._start = start
         self._clock = clock
         self._by_key: dict[Key, Execution] = {}
@@ -171,14 +184,16 @@ class Executions:
         server_id: str,
         deadline: float | None,
         of_job: bool = False,
+        follows_steps: bool = True,
     ) -> AsyncGenerator[Reader]:
         """Follow a request, begun now or by an earlier call with its id.
 
         The work ends when the last reader has left. `server_id` names a request that its caller
-        does not name. Raises `InvalidRequest` for an id that is none or names another request.
+        does not name; who does not follow its steps is not told of them. Raises `InvalidRequest`
+        for an id that is none or names another request.
         """
         execution, repeated = self._enter(request, tenant, server_id, of_job)
-        reader = Reader(execution, repeated=repeated)
+        reader = Reader(execution, repeated=repeated, follows_steps=follows_steps)
         execution.readers.add(reader)
         execution.extend(deadline)
         try:
@@ -216,7 +231,11 @@ class Executions:
         return execution, False
 
     async def _carry_out(self, execution: Execution, request: GenerateRequest) -> None:
-        events = EventStream(asyncio.get_running_loop())
+        events = EventStream(
+            asyncio.get_running_loop(),
+            follows_steps=lambda: execution.follows_steps,
+            step_interval_s=self._step_interval_s,
+        )
         try:
             async with self._start(execution, request, events) as started:
                 execution.started = started

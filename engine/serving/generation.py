@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
 
-from engine.batching.batcher import Finished, ImageDone, StepDone
+from engine.batching.batcher import Batcher, Finished, ImageDone, StepDone
 from engine.concepts import MAX_FILE_BYTES
 from engine.image_jobs.job import ImageJob
 from engine.planner import Planner
@@ -26,7 +26,9 @@ class Generation:
 
     def __init__(self, runtime: Runtime, memory: Memory | None = None) -> None:
         self._runtime = runtime
-        self.executions = Executions(self._start, memory=memory)
+        self.executions = Executions(
+            self._start, memory=memory, step_interval_s=runtime.progress_interval_s
+        )
 
     async def follow(
         self,
@@ -36,13 +38,19 @@ class Generation:
         tenant: str,
         deadline: float | None,
         of_job: bool = False,
+        follows_steps: bool = True,
     ) -> AsyncGenerator[GenerateResponse]:
         """The events of a request, to its end; leaving stops it, unless others follow it too.
 
         `server_id` is what the server calls the request, `deadline` a `time.monotonic()` value.
         """
         async with self.executions.reading(
-            request, tenant=tenant, server_id=server_id, deadline=deadline, of_job=of_job
+            request,
+            tenant=tenant,
+            server_id=server_id,
+            deadline=deadline,
+            of_job=of_job,
+            follows_steps=follows_steps,
         ) as reader:
             async for response in reader:
                 yield response
@@ -72,6 +80,7 @@ class Generation:
     ) -> AsyncGenerator[Started]:
         # Held to the end: what was planned for a model is drawn by it, whatever is deployed.
         with self._runtime.deployment.lease() as served:
+            _refuse_early(served.batcher, execution, request)
             replies = await self._runtime.in_pool(
                 self._prepare, request, execution.key.tenant, served.planner, execution.of_job
             )
@@ -123,6 +132,17 @@ class Generation:
                 return await self._runtime.in_pool(replies.image, event)
             case Finished(timings=timings):
                 return replies.summary(timings)
+
+
+def _refuse_early(batcher: Batcher, execution: Execution, request: GenerateRequest) -> None:
+    """Before any work goes into a request: raise if there is no room or no time for it."""
+    if batcher.may_reuse and request.HasField("seed"):
+        return  # its images may be there already
+    batcher.check_early(
+        num_images=1,  # the least; whether it may ask for more is for the planner to say
+        deadline=execution.deadline,
+        tenant=execution.key.tenant,
+    )
 
 
 def collect(answer: GenerateImagesResponse, response: GenerateResponse) -> None:

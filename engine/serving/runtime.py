@@ -24,6 +24,7 @@ class Runtime:
     store: ConceptStore
     pool: Executor  # for host work
     stall_timeout_s: float = 60.0  # a caller that reads nothing for so long is dropped
+    progress_interval_s: float = 0.0  # between two steps of an image that a caller is told of
 
     @property
     def pipeline(self) -> Planner:

@@ -126,6 +126,7 @@ class Server:
             store=store,
             pool=self._pool,
             stall_timeout_s=config.stall_timeout_s,
+            progress_interval_s=config.progress_interval_s,
         )
         self._generation = Generation(self._runtime)
         self.generation = ImageGenerationService(self._runtime, self._generation)

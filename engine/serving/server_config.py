@@ -42,6 +42,7 @@ class ServerConfig:
     host_threads: int = 2  # for tokenizing and picture coding
     grace_s: float = 30.0  # for requests under way when the server is told to stop
     stall_timeout_s: float = 60.0  # a caller that reads nothing for so long is dropped
+    progress_interval_s: float = 0.04  # at least so long between two steps of an image in a stream
     reflection: bool = True  # describe the services to whoever asks
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class ServerConfig:
         for name in ("max_message_bytes", "max_concurrent_rpcs", "host_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("grace_s", "stall_timeout_s"):
+        for name in ("grace_s", "stall_timeout_s", "progress_interval_s"):
             if not getattr(self, name) >= 0.0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
 

@@ -99,7 +99,10 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
     async def GenerateImages(
         self, request: generation_pb2.GenerateImagesRequest, context: Context
     ) -> generation_pb2.GenerateImagesResponse:
-        async with guarded(context) as request_id, self._following(context) as follow:
+        async with (
+            guarded(context) as request_id,
+            self._following(context, follows_steps=False) as follow,
+        ):
             answer = generation_pb2.GenerateImagesResponse()
             async with aclosing(follow(request.request, request_id)) as responses:
                 async for response in responses:
@@ -132,13 +135,16 @@ class ImageGenerationService(generation_pb2_grpc.ImageGenerationServiceServicer)
         return self._active
 
     @asynccontextmanager
-    async def _following(self, context: Context) -> AsyncGenerator[Follow]:
+    async def _following(
+        self, context: Context, *, follows_steps: bool = True
+    ) -> AsyncGenerator[Follow]:
         """A way to follow requests of this call, which counts as under way."""
         with self._counted():
             yield partial(
                 self._generation.follow,
                 tenant=current_caller().tenant,
                 deadline=deadline_of(context),
+                follows_steps=follows_steps,
             )
 
     @contextmanager

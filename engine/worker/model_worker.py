@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import ctypes
 import logging
+import os
 import signal
 import socket
 import sys
@@ -129,9 +130,12 @@ def main(load: Load = load_model) -> None:
     parser.add_argument("--socket", type=int, required=True, help="descriptor of the socket")
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--execution-provider", required=True)
+    parser.add_argument("--niceness", type=int, required=True)
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "nice"):
+        os.nice(arguments.niceness)
     _die_with_parent()
     _die_before_parent()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

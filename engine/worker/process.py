@@ -29,6 +29,7 @@ class WorkerCommand:
 
     bundle: Path
     execution_provider: str = "CPUExecutionProvider"
+    niceness: int = 0
     module: str = WORKER_MODULE
 
     def words(self, descriptor: int) -> list[str]:
@@ -38,6 +39,7 @@ class WorkerCommand:
             *("--socket", str(descriptor)),
             *("--bundle", str(self.bundle.resolve())),
             *("--execution-provider", self.execution_provider),
+            *("--niceness", str(self.niceness)),
         ]
 
 

@@ -181,7 +181,13 @@ def open_remote(
 
     Raises the errors of `Pipeline.open`, in its words.
     """
-    words = WorkerCommand(bundle=bundle_path, execution_provider=execution_provider, **command)
+    config = config or WorkerConfig()
+    words = WorkerCommand(
+        bundle=bundle_path,
+        execution_provider=execution_provider,
+        niceness=config.niceness,
+        **command,
+    )
     model = RemoteModel(words, config)
     model.launch()
     try:

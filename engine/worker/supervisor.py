@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 OnState = Callable[[bool, str], None]
 _GENEROSITY = 50.0  # times what such work usually takes
 _END_S = 5.0  # for a process that is told to end
+MAX_NICENESS = 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +33,15 @@ class WorkerConfig:
     restart_delay_s: float = 0.1  # before the first restart; doubled at each that follows
     max_restart_delay_s: float = 10.0  # at most so much
     settled_s: float = 30.0  # after so long in service, a death is a first one again
+    # Of the process, 0 to 19: the higher, the sooner the server's own threads get a core that the
+    # model computes on, and the less it gets beside other busy programs.
+    niceness: int = 5
 
     def __post_init__(self) -> None:
+        if not 0 <= self.niceness <= MAX_NICENESS:
+            raise ConfigError(f"niceness must be 0 to {MAX_NICENESS}, got {self.niceness}")
         for setting in fields(self):
-            if not getattr(self, setting.name) > 0.0:
+            if setting.name != "niceness" and not getattr(self, setting.name) > 0.0:
                 raise ConfigError(
                     f"{setting.name} must be more than 0 s, got {getattr(self, setting.name)}"
                 )
