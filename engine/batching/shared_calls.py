@@ -76,6 +76,8 @@ def choose_call(
     A request that was in a call that killed the worker steps by itself: should it be the cause, it
     takes nobody with it the next time.
     """
+    if len(order) == 1:
+        return list(order)
     used, fitting = 0.0, list[Slot]()
     for slot in can_share(order):
         used += slot.image.rows * row_cost(slot)
