@@ -179,9 +179,12 @@ class Heard:
 
     job: Job | None = None
     events: list[Event] = field(default_factory=list[Event])
+    deadline_at_the_end: float | None = None  # which others may change later
 
     def __call__(self, event: Event) -> None:
         assert not self.is_over, "an event after the last one"
+        if self.job is not None:
+            self.deadline_at_the_end = self.job.deadline
         if isinstance(event, ImageDone):
             assert event.image_index not in self.images, "an image that was told already"
         self.events.append(event)

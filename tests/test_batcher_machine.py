@@ -196,7 +196,7 @@ class BatcherMachine(RuleBasedStateMachine):
             case Cancelled():
                 assert job.cancelled
             case DeadlineExceeded():
-                assert job.deadline is not None
+                assert heard.deadline_at_the_end is not None
             case NumericalError():
                 assert seed in self.rig.model.nan_seeds
             case WorkerDied():
