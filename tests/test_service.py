@@ -192,6 +192,17 @@ def test_long_texts_of_callers_fit_into_trailers() -> None:
     assert 3 * len((status.details or "").encode()) + len(details_bin) * 4 / 3 < 8 << 10
 
 
+def test_who_killed_the_model_is_told_not_to_come_back_and_who_met_a_failing_disk_when_to() -> None:
+    deadly = status_of(engine.errors.WorkerDied("it ended by SIGKILL"), "r")
+    assert ("grpc-retry-pushback-ms", "-1") in (deadly.trailing_metadata or ())  # gRPC: never again
+    failing = status_of(engine.errors.StoreError("input/output error"), "r")
+    trailers = dict(failing.trailing_metadata or ())
+    assert b"google.rpc.RetryInfo" in trailers["grpc-status-details-bin"]
+    full = status_of(engine.errors.StorageFull("no space left"), "r")
+    trailers = dict(full.trailing_metadata or ())
+    assert b"google.rpc.RetryInfo" not in trailers["grpc-status-details-bin"]
+
+
 # Server information
 
 

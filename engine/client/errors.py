@@ -23,6 +23,7 @@ _DISTRUSTED = re.compile("certificate|handshake failed|WRONG_VERSION_NUMBER", re
 # How gRPC and proxies tell of a connection that broke, where not as UNAVAILABLE.
 _BROKE = re.compile("RST_STREAM|stream removed", re.IGNORECASE)
 _STALE_ETAG = "STALE_ETAG"  # the reason of ABORTED that no repetition mends
+_WORKER_DIED = "WORKER_DIED"  # that of UNAVAILABLE for a request that has ended several processes
 _TOO_LARGE = re.compile("message larger than max|message too large", re.IGNORECASE)
 _CODES = {code.value[0]: code for code in StatusCode}
 
@@ -118,7 +119,7 @@ def _is_transient(code: StatusCode, text: str, hints: Hints, *, answered: bool) 
         return False
     match code:
         case StatusCode.UNAVAILABLE:
-            return answered or not _DISTRUSTED.search(text)
+            return hints.reason != _WORKER_DIED and (answered or not _DISTRUSTED.search(text))
         case StatusCode.ABORTED:
             return hints.reason != _STALE_ETAG  # another one was faster: the caller must look again
         case StatusCode.RESOURCE_EXHAUSTED if answered:
@@ -130,6 +131,8 @@ def _is_transient(code: StatusCode, text: str, hints: Hints, *, answered: bool) 
 
 
 def _broke(code: StatusCode, text: str) -> bool:
+    if code is StatusCode.CANCELLED:  # a gRPC server whose queue of calls is full says no more
+        return text == "CANCELLED"
     return code in (StatusCode.INTERNAL, StatusCode.UNKNOWN) and bool(_BROKE.search(text))
 
 

@@ -45,7 +45,8 @@ CREATE TABLE IF NOT EXISTS images (
 class JobDatabase:
     """One connection. Threads may share it; a second process is refused.
 
-    All of it raises `StoreError` for what the disk fails at, `StorageFull` where it is full.
+    All of it raises `StoreError` for what the disk fails at, `StorageFull` where it is full. A
+    database that was removed or replaced can be read as it was, and not be changed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,6 +55,9 @@ class JobDatabase:
             folder.mkdir(parents=True, exist_ok=True)
             self.connection = _open(folder / FILE)
             sync_path(folder)
+            # SQLite reads what was committed last from the second.
+            files = [folder / f"{FILE}{suffix}" for suffix in ("", "-wal")]
+            self._identities = {file: _identity(file) for file in files}
 
     def close(self) -> None:
         with self._lock:
@@ -68,6 +72,7 @@ class JobDatabase:
     def transaction(self) -> Generator[sqlite3.Connection]:
         """What is changed in the block is on disk behind it, or nothing of it."""
         with self._lock, _store_errors():
+            self._check_in_place()
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection
@@ -81,6 +86,23 @@ class JobDatabase:
         """Give room that nothing takes up any more back to the disk."""
         with self.reading() as connection:
             connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+
+    def _check_in_place(self) -> None:
+        # SQLite goes on writing to a file that was deleted: all of it would be lost at the end.
+        if any(was and _identity(file) != was for file, was in self._identities.items()):
+            raise StoreError(
+                "the database of the jobs was removed or replaced while it was in use; put it back "
+                "or start the server again"
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one under the same name; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _open(path: Path) -> sqlite3.Connection:

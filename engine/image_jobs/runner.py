@@ -115,14 +115,16 @@ class ImageJobRunner:
     async def _run(self) -> None:
         while True:
             self._wake.clear()
+            wait_s = _FORGET_EVERY_S
             try:
                 if len(self._running) < self._max_running and await self._begin_next():
                     continue
                 await asyncio.to_thread(self.store.forget_old)
             except StoreError as error:
                 logger.error("%s", error)
+                wait_s = _RETRY_S  # jobs may be waiting that nobody wakes it for again
             with suppress(TimeoutError):
-                async with asyncio.timeout(_FORGET_EVERY_S):
+                async with asyncio.timeout(wait_s):
                     await self._wake.wait()
 
     async def _begin_next(self) -> bool:

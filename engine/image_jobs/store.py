@@ -103,19 +103,20 @@ class ImageJobStore:
     def begin_next(self, running: dict[str, int]) -> tuple[ImageJob, bytes] | None:
         """Take a queued job and what it was asked for: of the tenant with the fewest running.
 
-        Of a tenant's jobs the highest priority comes first, then the oldest.
+        Of a tenant's jobs the highest priority comes first, then the one that was submitted first,
+        whatever the clock said then: SQLite numbers rows as they come.
         """
         with self._database.transaction() as database:
             tenants = [row[0] for row in database.execute(
                 "SELECT tenant FROM jobs WHERE status = 'queued' GROUP BY tenant "
-                "ORDER BY min(create_time)"
+                "ORDER BY min(rowid)"
             )]  # fmt: skip
             if not tenants:
                 return None
             tenant = min(tenants, key=lambda one: running.get(one, 0))
             row = database.execute(
                 "SELECT job_id, pinned FROM jobs WHERE status = 'queued' AND tenant = ? "
-                "ORDER BY priority DESC, create_time, job_id LIMIT 1",
+                "ORDER BY priority DESC, rowid LIMIT 1",
                 (tenant,),
             ).fetchone()
             database.execute(

@@ -76,6 +76,8 @@ COLLECT_EVERY_S = 3600.0  # what was deleted from the concept store longer ago t
 _FLUSH_S = 1.0
 # A connection is checked when it is made: made anew, it is checked against what counts by then.
 _TLS_OPTIONS = (("grpc.max_connection_age_ms", 3_600_000),)
+_FLOODING_CONNECTIONS = 8  # that may do their worst without harm to others
+_MANY_RPCS = 1 << 24  # whatever is configured: the numbers above them must fit into 31 bits
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +247,7 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a second server on a port must fail, not share it
                 ("grpc.keepalive_time_ms", 60_000),  # a caller that vanished frees its slot
                 ("grpc.keepalive_timeout_ms", 20_000),
+                *_flood_options(self._config.max_concurrent_rpcs),
                 *(_TLS_OPTIONS if self._tls is not None else ()),
             ],
         )
@@ -279,6 +282,22 @@ class Server:
             names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
         return server
+
+
+def _flood_options(max_concurrent_rpcs: int) -> tuple[tuple[str, int], ...]:
+    """Bounds of gRPC's own queue, in front of all else.
+
+    It holds the calls that nobody has looked at yet, those that were given up again too, and drops
+    calls of anybody with a bare CANCELLED when it overflows. So that a connection cannot fill it, a
+    connection has a bounded part of it: what is beyond is refused to that connection alone.
+    """
+    streams = 2 * min(max_concurrent_rpcs, _MANY_RPCS)
+    pending = _FLOODING_CONNECTIONS * streams
+    return (
+        ("grpc.max_concurrent_streams", streams),
+        ("grpc.server.max_pending_requests", pending),  # some are dropped from here on, and
+        ("grpc.server.max_pending_requests_hard_limit", 2 * pending),  # all from here on
+    )
 
 
 def _authentication(

@@ -22,10 +22,12 @@ from engine.errors import (
     QueueFull,
     RateLimited,
     ShuttingDown,
+    StoreError,
     UnknownBundle,
     UnknownConcept,
     UnknownJob,
     UnknownTraining,
+    WorkerDied,
 )
 from protos.oneword.v1 import generation_pb2
 
@@ -109,6 +111,10 @@ def _pushback(error: Exception) -> tuple[tuple[str, str], ...]:
     match error:
         case QueueFull(retry_after_s=retry_after_s) | RateLimited(retry_after_s=retry_after_s):
             return ((PUSHBACK, str(math.ceil(retry_after_s * 1e3))),)
+        case WorkerDied():
+            # It was in the calls that ended several processes (engine/batching/step_loop.py): sent
+            # again by a machine, it would end as many more.
+            return ((PUSHBACK, "-1"),)
         case _:
             return ()
 
@@ -153,9 +159,9 @@ def _details(error: EngineError) -> list[Message]:
             retry.retry_delay.FromMilliseconds(math.ceil(retry_after_s * 1e3))
             return [retry]
         case ShuttingDown():  # another server can take it at once, this one when it is back
-            retry = error_details_pb2.RetryInfo()
-            retry.retry_delay.FromSeconds(1)
-            return [retry]
+            return [_retry_in_a_second()]
+        case StoreError() if type(error) is StoreError:  # a full disk does not pass by itself
+            return [_retry_in_a_second()]
         case UnknownConcept(placeholder_token=token):
             return [_resource("concept", token)]
         case UnknownTraining(training_id=training_id):
@@ -166,6 +172,12 @@ def _details(error: EngineError) -> list[Message]:
             return [_resource("bundle", bundle_name)]
         case _:
             return []
+
+
+def _retry_in_a_second() -> Message:
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromSeconds(1)
+    return retry
 
 
 def _resource(kind: str, name: str) -> Message:

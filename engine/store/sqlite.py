@@ -30,6 +30,8 @@ class SqliteDialect:
 
     def connect(self) -> "SqliteConnection":
         refuse_links(self._path)
+        if self._identity is not None:  # SQLite would make a new one in the place of a lost one
+            self.check_in_place()
         connection = self._opened()
         if self._identity is None:
             self._identity = _identity(self._path)

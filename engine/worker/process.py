@@ -147,7 +147,7 @@ class WorkerProcess:
         if not self._ended.wait(_END_S):
             self.kill("it closed its socket")
             self._ended.wait(_END_S)
-        return WorkerDied(f"the model's process ended during {action}: {self.end()}; try again")
+        return WorkerDied(f"the model's process ended during {action}: {self.end()}")
 
     def wait(self) -> None:
         """Wait for its end."""

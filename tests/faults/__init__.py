@@ -1,0 +1,1 @@
+"""Faults of the machine under a running server: disks, databases, clocks, kills and floods."""
