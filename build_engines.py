@@ -34,11 +34,18 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="example: python build_engines.py --model models/emoji --output bundles/emoji "
         "--target rtx:sm86,sm89",
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--model",
-        required=True,
         metavar="DIR_OR_HUB_ID",
         help="a diffusers folder, or OWNER/NAME on the Hugging Face hub",
+    )
+    source.add_argument(
+        "--from-onnx",
+        type=Path,
+        metavar="DIR",
+        help="a Stable Diffusion that optimum exported to ONNX (docs/bundles-from-elsewhere.md); "
+        "needs no PyTorch with --samplers-from",
     )
     parser.add_argument(
         "--output",
@@ -69,6 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="sign what is built with this private key (`oneword keys create` makes one)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub model")
+    parser.add_argument(
+        "--samplers-from",
+        type=Path,
+        metavar="BUNDLE",
+        help="with --from-onnx: take over the sampler tables of a bundle of the same schedule",
+    )
     return parser
 
 
@@ -100,7 +113,14 @@ class Progress:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.from_onnx is not None:
+        if options.target or options.revision or options.precision != "fp32":
+            parser.error("--from-onnx makes float32 graphs; it takes no --target, --revision, fp16")
+        return import_from_onnx(options)
+    if options.samplers_from is not None:
+        parser.error("--samplers-from goes with --from-onnx")
     try:
         from trainer.quiet import quiet_libraries
 
@@ -129,6 +149,32 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; nothing was published", code=130)  # as shells say of SIGINT
     print(describe(report))
+    return 0
+
+
+def import_from_onnx(options: argparse.Namespace) -> int:
+    """The same for graphs that optimum exported; PyTorch is imported for sampler tables alone."""
+    try:
+        from trainer.optimum_import import import_optimum
+    except ImportError as error:
+        return fail(f"{error}; reading ONNX needs onnx: `pip install onnx oneword[cpu]`")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        key = None if options.sign_key is None else read_private_key(options.sign_key)
+        report = import_optimum(
+            options.from_onnx, options.output, samplers_from=options.samplers_from
+        )
+        if key is not None and report.errors:
+            sign_file(report.path / MANIFEST, key, name=MANIFEST)
+        if key is not None:
+            check_signatures(report.path, TrustedKeys({key_id(key.public_key()): key.public_key()}))
+    except (OneWordError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing was published", code=130)
+    print(f"{report.path}: " + ("built" if report.errors else "up to date, nothing to build"))
+    for component, error in report.errors.items():
+        print(f"  {component} against optimum's: {error:.1e} of its range")
     return 0
 
 

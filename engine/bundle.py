@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
@@ -29,6 +29,7 @@ TOKEN_EMBEDDING = "token_embedding.safetensors"
 TOKEN_EMBEDDING_2 = "token_embedding_2.safetensors"
 SAMPLERS = "samplers.safetensors"
 LATENT_RGB = "latent_rgb.safetensors"
+CONCEPTS_FOLDER = "concepts"  # of words that were packed with the model (engine/packed.py)
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 TEXT_ENCODER_2 = "text_encoder_2"  # a component of models with two text encoders
 
@@ -44,7 +45,9 @@ class TextSpec:
     bos_token_id: int  # before a prompt; BERT calls it [CLS]
     eos_token_id: int  # after a prompt; BERT calls it [SEP]
     pad_token_id: int
-    embedding_fingerprint: str  # SHA-256 of the token-embedding table, float32, row-major
+    # SHA-256 of the model's token-embedding table, float32, row-major: on which vectors words are
+    # learned. A table that was packed in float16 keeps that of the one it was rounded from.
+    embedding_fingerprint: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +154,7 @@ class Vocabulary:
     component: str  # the text encoder's graph
     text: TextSpec
     tokenizer: Tokenizer
-    token_embedding: Float32[np.ndarray, "vocab_size dim"]
+    token_embedding: Float[np.ndarray, "vocab_size dim"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,11 +164,11 @@ class Bundle:
     path: Path
     manifest: Manifest
     tokenizer: Tokenizer
-    token_embedding: Float32[np.ndarray, "vocab_size dim"]
+    token_embedding: Float[np.ndarray, "vocab_size dim"]  # float32, or float16 where it was packed
     sampler_tables: dict[str, SamplerTable]
     latent_rgb: Float32[np.ndarray, "channels_plus_1 3"]  # last row: the bias; RGB in [-1, 1]
     tokenizer_2: Tokenizer | None = None  # these two with a second text encoder
-    token_embedding_2: Float32[np.ndarray, "vocab_size_2 dim_2"] | None = None
+    token_embedding_2: Float[np.ndarray, "vocab_size_2 dim_2"] | None = None
 
     @property
     def vocabularies(self) -> tuple[Vocabulary, ...]:
@@ -200,11 +203,9 @@ class Bundle:
             path=path,
             manifest=manifest,
             tokenizer=Tokenizer.from_file(str(path / TOKENIZER)),
-            token_embedding=_read_tensor(path / TOKEN_EMBEDDING, "token_embedding"),
+            token_embedding=read_token_embedding(path / TOKEN_EMBEDDING),
             tokenizer_2=Tokenizer.from_file(str(path / TOKENIZER_2)) if two else None,
-            token_embedding_2=(
-                _read_tensor(path / TOKEN_EMBEDDING_2, "token_embedding") if two else None
-            ),
+            token_embedding_2=read_token_embedding(path / TOKEN_EMBEDDING_2) if two else None,
             sampler_tables=read_sampler_tables(path / SAMPLERS),
             latent_rgb=_read_tensor(path / LATENT_RGB, "latent_rgb"),
         )
@@ -248,6 +249,10 @@ class Bundle:
 def read_manifest(path: Path) -> Manifest:
     """Read `bundle.json` alone."""
     file = path / MANIFEST
+    if path.is_file():
+        raise BundleError(
+            f"{path} is a file, a bundle is a folder; unpack an archive of `oneword pack` first"
+        )
     if not file.is_file():
         raise BundleError(
             f"no bundle at {path}: {MANIFEST} is missing; make one with "
@@ -278,7 +283,18 @@ def _verify_hashes(path: Path, manifest: Manifest) -> None:
             )
 
 
-def _read_tensor(path: Path, name: str) -> Float32[np.ndarray, "rows columns"]:
+def read_token_embedding(path: Path) -> Float[np.ndarray, "vocab_size dim"]:
+    """A token-embedding table as it is stored: float32, or float16 where it was packed."""
+    table = _read_tensor(path, "token_embedding")
+    if str(table.dtype) not in ("float32", "float16"):
+        raise BundleError(
+            f"{path} holds {table.dtype}, a token-embedding table is float32 or float16; build or "
+            "pack the bundle again"
+        )
+    return table
+
+
+def _read_tensor(path: Path, name: str) -> Float[np.ndarray, "rows columns"]:
     try:
         with safe_open(str(path), framework="numpy") as file:
             return file.get_tensor(name)

@@ -17,6 +17,7 @@ from jaxtyping import Float32
 from engine.bundle import Bundle
 from engine.errors import NumericalError
 from engine.families import Conditioning, added_input_names, fill_added_inputs
+from engine.guidance import GuidedCalls
 from engine.images import to_float, to_uint8
 from engine.noise import TorchGenerator
 from engine.planner import DenoisingTask, GenerationPlan, Planner, TextRows
@@ -39,6 +40,7 @@ class ImageInFlight:
     weights: Float32[np.ndarray, " rows"]
     generator: TorchGenerator
     latents: Latents
+    guided_calls: GuidedCalls | None = None  # None: all of them
     history: tuple[Latents, ...] = ()
     steps_done: int = 0
     clean_prediction: Latents | None = None  # of the last step; what a preview shows
@@ -46,8 +48,10 @@ class ImageInFlight:
 
     @property
     def rows(self) -> int:
-        """Rows of the denoiser's batch that it takes."""
-        return len(self.weights)
+        """Rows of the denoiser's batch that its next call takes: the last one, or all."""
+        if self.guided_calls is None or self.is_done or self.steps_done in self.guided_calls:
+            return len(self.weights)
+        return 1
 
     @property
     def num_steps(self) -> int:
@@ -180,6 +184,7 @@ class ImageModel:
                     weights=np.array(task.weights, np.float32),
                     generator=generator,
                     latents=self._first_latents(task, generator, posterior),
+                    guided_calls=task.guided_calls,
                     added_inputs=added_inputs,
                 )
             )
@@ -228,23 +233,30 @@ class ImageModel:
 
         An image is the same, to rounding, whatever shares its call.
         """
-        rows = np.array([len(image.weights) for image in images])
+        rows = np.array([image.rows for image in images])
         outputs = self._denoiser.run(
             {
                 "latents": np.repeat(
                     np.stack([image.row.s * image.latents for image in images]), rows, axis=0
                 ),
                 "timestep": np.repeat([image.row.timestep for image in images], rows),
-                "prompt_embeds": np.concatenate([image.prompt_embeds for image in images]),
+                "prompt_embeds": np.concatenate(
+                    [image.prompt_embeds[-image.rows :] for image in images]
+                ),
                 **{
-                    name: np.concatenate([image.added_inputs[name] for image in images])
+                    name: np.concatenate(
+                        [image.added_inputs[name][-image.rows :] for image in images]
+                    )
                     for name in self._added_inputs
                 },
             }
         )
         predictions = np.split(outputs["noise_pred"].astype(np.float32), np.cumsum(rows)[:-1])
         for image, prediction in zip(images, predictions, strict=True):
-            _advance(image, np.tensordot(image.weights, prediction, axes=1))
+            whole = image.rows == len(image.weights)
+            _advance(
+                image, np.tensordot(image.weights, prediction, axes=1) if whole else prediction[0]
+            )
 
     def decode(self, images: Sequence[ImageInFlight]) -> list[RgbImage | NumericalError]:
         """Decode finished images of one size; what is not finite is an error for that image alone.

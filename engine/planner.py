@@ -8,7 +8,9 @@ from jaxtyping import Float32, Int64
 
 from engine.bundle import Bundle
 from engine.concepts import Concept, check_fits
+from engine.guidance import GuidedCalls
 from engine.images import resize
+from engine.packed import read_packed_concepts
 from engine.prompts import EncoderInput, PromptReader, PromptReport
 from engine.requests import MAX_SEED, GenerationRequest, Limits, RgbImage, check_request
 from engine.samplers import Trajectory
@@ -37,6 +39,7 @@ class DenoisingTask:
     trajectory: Trajectory
     texts: tuple[tuple[TextRows, ...], ...]  # by text encoder; one per row of the denoiser
     weights: tuple[float, ...]  # guidance: one per row, summing to 1
+    guided_calls: GuidedCalls  # the others have the last row alone, the prompt's
     zero_negative: bool = False  # the first row's text is zeros
     init_image: RgbImage | None = None  # of this width and height
 
@@ -58,7 +61,13 @@ class GenerationPlan:
     weights: tuple[float, ...]  # guidance: one per row, summing to 1
     prompt_report: PromptReport
     negative_report: PromptReport | None  # None where guidance is off
+    guided: GuidedCalls | None = None  # None: all of them
     zero_negative: bool = False  # the first row's text is zeros
+
+    @property
+    def guided_calls(self) -> GuidedCalls:
+        """The denoiser calls of an image that have all of its rows."""
+        return self.guided or GuidedCalls(0, len(self.trajectory.rows))
 
     @property
     def matched(self) -> tuple[Concept, ...]:
@@ -77,6 +86,7 @@ class GenerationPlan:
             trajectory=self.trajectory,
             texts=tuple(tuple(_rows(text) for text in texts) for texts in self.texts),
             weights=self.weights,
+            guided_calls=self.guided_calls,
             zero_negative=self.zero_negative,
             init_image=self.request.init_image,
         )
@@ -88,6 +98,7 @@ class Planner:
     def __init__(self, bundle: Bundle, *, limits: Limits) -> None:
         self.bundle = bundle
         self.limits = limits.for_model(bundle.manifest)
+        self.packed_concepts = read_packed_concepts(bundle)
         self._readers = tuple(
             PromptReader(one.tokenizer, one.token_embedding, one.text, encoder=index)
             for index, one in enumerate(bundle.vocabularies)
@@ -126,6 +137,9 @@ class Planner:
             weights=(1.0 - request.guidance_scale, request.guidance_scale) if negative else (1.0,),
             prompt_report=prompt.report,
             negative_report=negative[0].report if negative else None,
+            guided=GuidedCalls.between(
+                request.guidance_start, request.guidance_end, len(trajectory.rows)
+            ),
             zero_negative=bool(
                 negative and manifest.zero_empty_negative and not request.negative_prompt
             ),

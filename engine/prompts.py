@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from tokenizers import Tokenizer
 
 from engine.bundle import TextSpec
@@ -62,7 +62,7 @@ class PromptReader:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        token_embedding: Float32[np.ndarray, "vocab_size dim"],
+        token_embedding: Float[np.ndarray, "vocab_size dim"],
         text: TextSpec,
         *,
         max_chunks: int = MAX_CHUNKS,
@@ -158,7 +158,8 @@ class PromptReader:
             # CLIP pads with EOS in Stable Diffusion 1.x, so only the first EOS is the end.
             input_ids[row, position] = text.eos_token_id
             eos_index[row] = position
-        inputs_embeds = self._token_embedding[input_ids]
+        # Rows of a float16 table are widened, which is exact; a concept's vectors stay float32.
+        inputs_embeds = self._token_embedding[input_ids].astype(np.float32, copy=False)
         for row, position, concept in placed:
             vectors = concept.encoders[self._encoder]
             inputs_embeds[row, position : position + len(vectors)] = vectors

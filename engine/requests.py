@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from engine.bundle import Manifest
 from engine.concepts import Concept
 from engine.errors import ConfigError, InvalidRequest, quoted
+from engine.guidance import GuidedCalls
 from engine.samplers import SamplerTable, Trajectory
 
 MAX_SEED = 2**64 - 1
@@ -63,6 +64,9 @@ class GenerationRequest:
     sampler: str = "ddim"
     num_inference_steps: int = 25
     guidance_scale: float = 7.5  # uncond + s (cond - uncond); 1 = off
+    # Guided is between these shares of the denoiser calls of an image; the others have one row.
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
     init_image: RgbImage | None = None  # image-to-image where given
     strength: float = 0.8  # share of the schedule that image-to-image runs
     preview_every: int = 0  # steps between previews; 0 = none
@@ -76,21 +80,46 @@ def check_request(
     limits: Limits,
 ) -> tuple[int, int, Trajectory]:
     """Raise `InvalidRequest` for what cannot be served; return width, height and coefficients."""
-    _check_guidance(request.guidance_scale)
+    _check_guidance(request)
     _in_range("num_images", request.num_images, 1, limits.max_images_per_request)
     _in_range("seed", request.seed, 0, MAX_SEED)
     _in_range("preview_every", request.preview_every, 0, 1000)
     _in_range("concepts", len(request.concepts), 0, limits.max_concepts_per_request)
     width, height = _size(request, manifest)
     _check_size(request, width, height, manifest.latents.size_multiple, limits)
-    return width, height, _trajectory(request, samplers)
+    trajectory = _trajectory(request, samplers)
+    _check_guided_calls(request, len(trajectory.rows))
+    return width, height, trajectory
 
 
-def _check_guidance(guidance: float) -> None:
+def _check_guidance(request: GenerationRequest) -> None:
+    guidance, start, end = request.guidance_scale, request.guidance_start, request.guidance_end
     if not math.isfinite(guidance) or not 0.0 <= guidance <= MAX_GUIDANCE_SCALE:
         raise InvalidRequest(
             f"guidance_scale must be between 0 and {MAX_GUIDANCE_SCALE:g}, got {guidance}",
             field="guidance_scale",
+        )
+    if not 0.0 <= start < end <= 1.0:  # NaN is in no order
+        raise InvalidRequest(
+            "guidance_start and guidance_end must be shares of the schedule, 0 <= start < end <= "
+            f"1, got {start:g} and {end:g}; guidance_scale 1 turns guidance off",
+            field="guidance_start",
+        )
+    if guidance == 1.0 and (start, end) != (0.0, 1.0):
+        raise InvalidRequest(
+            f"guidance_scale is 1, so that there is no guidance to limit to {start:g} to {end:g}; "
+            "raise it, or leave guidance_start and guidance_end out",
+            field="guidance_start",
+        )
+
+
+def _check_guided_calls(request: GenerationRequest, num_calls: int) -> None:
+    start, end = request.guidance_start, request.guidance_end
+    if not GuidedCalls.between(start, end, num_calls).num_left(0):
+        raise InvalidRequest(
+            f"none of the {num_calls} denoiser calls lies between guidance_start {start:g} and "
+            f"guidance_end {end:g}; they must be further apart",
+            field="guidance_start",
         )
 
 

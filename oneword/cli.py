@@ -31,6 +31,7 @@ COMMANDS = {
     "trainings": ("oneword.trainings", "have a server learn words: create, watch, list, cancel"),
     "concepts": ("oneword.concepts", "import, list, show, export, alias, delete learned words"),
     "tokens": ("oneword.tokens", "say who may call a server: create, list and revoke tokens"),
+    "pack": ("oneword.pack", "pack a bundle and its words for a device, signed and checked"),
     "keys": ("oneword.keys", "make keys that sign bundles, sign and verify"),
     "demo": ("oneword.demo", "teach the embedded model a word, serve it, draw a contact sheet"),
 }

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,8 +163,15 @@ def test_work_that_always_takes_long_is_given_long() -> None:
 
 @pytest.mark.parametrize("name", ["worker_timeout_s", "restart_delay_s"])
 def test_times_that_are_none_are_refused_by_name(name: str) -> None:
+    times: dict[str, Any] = {name: 0.0}
     with pytest.raises(ConfigError, match=name):
-        WorkerConfig(**{name: 0.0})
+        WorkerConfig(**times)
+
+
+@pytest.mark.parametrize("niceness", [-1, 20])
+def test_a_niceness_that_is_none_is_refused(niceness: int) -> None:
+    with pytest.raises(ConfigError, match="niceness must be 0 to 19"):
+        WorkerConfig(niceness=niceness)
 
 
 # Deaths at the start

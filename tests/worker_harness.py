@@ -28,7 +28,7 @@ from tests import faulty_worker
 WAIT_S = 120.0  # a guard; everything here takes well under a second where nobody else computes
 
 
-def faulty_model(bundle: Path, **config: float) -> RemoteModel:
+def faulty_model(bundle: Path, **config: Any) -> RemoteModel:
     """A model whose process heeds the orders in the folder that `faulty_worker.FAULTS` names."""
     command = WorkerCommand(bundle=bundle, module=faulty_worker.MODULE)
     return RemoteModel(command, WorkerConfig(**config))

@@ -174,5 +174,7 @@ def _own_s(job: Job, config: BatcherConfig, costs: CostTable, *, num_others: int
     alone = [together[0]] * num_images
     joined = how_many_join(alone, together, num_others + 1 - num_images)
     decode_ms = costs.decodes.ms(job.area, 1) or 0.0
-    one_ms = job.num_steps * together[joined - 1] + decode_ms
+    single = job.costs_of(job.num_steps)["num_single"]
+    single_ms = costs.steps.ms(job.area, joined) or 0.0
+    one_ms = (job.num_steps - single) * together[joined - 1] + single * single_ms + decode_ms
     return max(one_ms / 1e3, len(job.waiting) * job.image_us / 1e6)

@@ -55,7 +55,7 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Denoiser rows of one image."""
+        """Denoiser rows of one image, in the calls that are guided."""
         return len(self.plan.weights)
 
     @property
@@ -64,9 +64,19 @@ class Job:
 
     def predict(self, costs: CostTable) -> None:
         """Note what it costs by what is known now."""
-        of_image = {"area": self.area, "rows": self.rows, "num_steps": self.num_steps}
+        of_image = self.costs_of(self.num_steps)
         self.image_us = costs.image_us(**of_image)
         self.alone_s = costs.alone_ms(**of_image) / 1e3
+
+    def costs_of(self, steps_left: int) -> dict[str, int]:
+        """One image with so many steps left, in the words of `CostTable`."""
+        guided = self.plan.guided_calls.num_left(self.num_steps - steps_left)
+        return {
+            "area": self.area,
+            "rows": self.rows,
+            "num_steps": steps_left,
+            "num_single": steps_left - guided,
+        }
 
     def cancel(self) -> None:
         """Leave at the next step; a request that is already closed stays as it is."""
@@ -132,13 +142,11 @@ class Slot:
 
     def remaining_us(self, costs: CostTable) -> int:
         """Device time until it is done, in full calls."""
-        job = self.job
-        return costs.image_us(area=job.area, rows=job.rows, num_steps=self.steps_left)
+        return costs.image_us(**self.job.costs_of(self.steps_left))
 
     def alone_us(self, costs: CostTable) -> float:
         """Time until it is done, with the device to itself."""
-        job = self.job
-        return 1e3 * costs.alone_ms(area=job.area, rows=job.rows, num_steps=self.steps_left)
+        return 1e3 * costs.alone_ms(**self.job.costs_of(self.steps_left))
 
 
 def jobs_of(slots: Sequence[Slot]) -> list[Job]:

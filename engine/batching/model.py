@@ -16,7 +16,7 @@ class InFlight(Protocol):
     def seed(self) -> int: ...
     @property
     def rows(self) -> int:
-        """Rows of the denoiser's batch that it takes: 2 with guidance, else 1."""
+        """Rows of the denoiser's batch that its next step takes: 2 where it is guided, else 1."""
         ...
 
     @property

@@ -78,6 +78,7 @@ def _seed(plan: GenerationPlan, index: int) -> int:
 def _determinants(plan: GenerationPlan) -> Iterable[bytes]:
     """Everything but the seed that an image of the request depends on."""
     yield f"{plan.width} {plan.height} {plan.weights} {plan.zero_negative}".encode()
+    yield f"{plan.guided_calls.first} {plan.guided_calls.end}".encode()
     yield repr(plan.trajectory).encode()  # of floats: exact
     for texts in plan.texts:
         yield str(len(texts)).encode()

@@ -114,18 +114,21 @@ class CostTable:
     def is_known(self, area: int) -> bool:
         return self.steps.ms(area, 1) is not None
 
-    def image_us(self, *, area: int, rows: int, num_steps: int) -> int:
+    def image_us(self, *, area: int, rows: int, num_steps: int, num_single: int = 0) -> int:
         """Device time of a whole image in full calls: what it costs everybody.
 
+        `num_single` of its steps have one row in place of `rows`.
         Whole microseconds, so that sums over the queue return to exactly nothing.
         """
+        row_steps = rows * (num_steps - num_single) + num_single
         row_ms = self.steps.least_ms_each(area)
         if row_ms is None:
-            return max(1, round(_GUESS_US * area * rows * num_steps))
+            return max(1, round(_GUESS_US * area * row_steps))
         decode_ms = self.decodes.ms(area, 1) or 0.0
-        return max(1, round(1e3 * (num_steps * rows * row_ms + decode_ms)))
+        return max(1, round(1e3 * (row_steps * row_ms + decode_ms)))
 
-    def alone_ms(self, *, area: int, rows: int, num_steps: int) -> float:
+    def alone_ms(self, *, area: int, rows: int, num_steps: int, num_single: int = 0) -> float:
         """Time until an image with so many steps left is done, with the device to itself."""
-        step_ms = self.steps.ms(area, rows) or 0.0
-        return num_steps * step_ms + (self.decodes.ms(area, 1) or 0.0)
+        step_ms, single_ms = (self.steps.ms(area, count) or 0.0 for count in (rows, 1))
+        steps_ms = (num_steps - num_single) * step_ms + num_single * single_ms
+        return steps_ms + (self.decodes.ms(area, 1) or 0.0)

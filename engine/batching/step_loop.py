@@ -179,9 +179,7 @@ class StepLoop:
             return job.reason_to_drop(now)  # whatever is left of it, there is time for it
         steps = [job.num_steps] if job.waiting else []
         steps += [slot.steps_left for slot in self.in_flight if slot.job is job]
-        least_ms = self.costs.alone_ms(
-            area=job.area, rows=job.rows, num_steps=max(steps, default=0)
-        )
+        least_ms = self.costs.alone_ms(**job.costs_of(max(steps, default=0)))
         return job.reason_to_drop(now, CERTAIN * least_ms / 1e3)
 
     def _admit(self) -> None:
@@ -246,10 +244,10 @@ class StepLoop:
             self._slots = [slot for slot in self._slots if not slot.image.is_done]
 
     def _step_call(self, call: Sequence[Slot]) -> None:
+        rows = sum(slot.image.rows for slot in call)  # of this step: the next may have others
         started = self.clock()
         self._call(jobs_of(call), self._model.step, [slot.image for slot in call])
         self._step_s = self.clock() - started
-        rows = sum(slot.image.rows for slot in call)
         if self.costs.learns:
             self.costs.steps.observe(call[0].job.area, rows, 1e3 * self._step_s)
         for job in jobs_of(call):

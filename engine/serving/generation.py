@@ -112,6 +112,7 @@ class Generation:
             store=self._runtime.store,
             limits=limits,
             tenant=tenant,
+            packed_concepts=planner.packed_concepts,
             default_seed=seed_of(tenant, request.request_id) if request.request_id else None,
         )
         return wire.Replies(

@@ -1,7 +1,7 @@
 """The words of the API to the words of the runtime and back: pure functions without a server."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from engine.batching.batcher import ImageDone, StepDone, Timings
 from engine.concepts import Concept, FileFormat, concept_from_bytes, concept_to_bytes
-from engine.errors import ConceptUnreadable, InvalidRequest, PromptTooLong
+from engine.errors import ConceptUnreadable, InvalidRequest, PromptTooLong, UnknownConcept
 from engine.images import ImageFormat, decode_image, encode_image
 from engine.planner import GenerationPlan
 from engine.prompt_syntax import MAX_PROMPT_CHARACTERS, named_placeholders
@@ -20,6 +20,7 @@ from protos.oneword.v1 import concepts_pb2, generation_pb2
 
 # Python and PyTorch agree on noise by the low 32 bits of a seed: a random one needs no more.
 _RANDOM_SEED_BITS = 32
+_NAMES_IN_ERRORS = 5
 # Fields with the same name and meaning in GenerateRequest and GenerationRequest.
 _OPTIONAL_FIELDS = (
     "width",
@@ -28,6 +29,8 @@ _OPTIONAL_FIELDS = (
     "seed",
     "num_inference_steps",
     "guidance_scale",
+    "guidance_start",
+    "guidance_end",
     "strength",
 )
 _IMAGE_FORMATS: dict[int, ImageFormat] = {
@@ -48,11 +51,13 @@ def request_from_proto(
     store: ConceptStore,
     limits: Limits,
     tenant: str,
+    packed_concepts: Mapping[str, Concept] | None = None,
     default_seed: int | None = None,
 ) -> GenerationRequest:
     """Read a request: load the tenant's concepts, decode its image; take defaults for the rest.
 
-    Without `default_seed` that of the seed is random.
+    `packed_concepts` came with the model, by token: they are for every tenant, and a stored concept
+    of the same name goes before. Without `default_seed` that of the seed is random.
 
     Ranges are checked later, by `engine.requests.check_request`.
     """
@@ -74,14 +79,14 @@ def request_from_proto(
     return GenerationRequest(
         prompt=message.prompt,
         negative_prompt=message.negative_prompt,
-        concepts=_concepts(message, store, limits, tenant),
+        concepts=_concepts(message, _Finder(store, tenant, packed_concepts or {}), limits),
         preview_every=message.preview_every_steps,
         **fields,
     )
 
 
 def _concepts(
-    message: generation_pb2.GenerateRequest, store: ConceptStore, limits: Limits, tenant: str
+    message: generation_pb2.GenerateRequest, finder: "_Finder", limits: Limits
 ) -> tuple[Concept, ...]:
     """The concepts referred to, then the stored ones that the prompts name as `<word>`."""
     _check_count(len(message.concepts), limits)
@@ -89,14 +94,50 @@ def _concepts(
     _check_length("prompt", message.prompt)
     _check_length("negative_prompt", message.negative_prompt)
     referred = [
-        _resolve(reference, store, limits, tenant, f"concepts[{index}]")
+        _resolve(reference, finder, limits, f"concepts[{index}]")
         for index, reference in enumerate(message.concepts)
     ]
     covered = {concept.placeholder_token for concept in referred}
     named = named_placeholders(f"{message.prompt}\n{message.negative_prompt}")
     missing = [token for token in named if token not in covered]
     _check_count(len(referred) + len(missing), limits)
-    return (*referred, *(store.find_by_token(token, tenant=tenant) for token in missing))
+    return (*referred, *(finder.by_token(token) for token in missing))
+
+
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """The concepts that one tenant can name: its own, then those that came with the model."""
+
+    store: ConceptStore
+    tenant: str
+    packed: Mapping[str, Concept]
+
+    def by_token(self, token: str) -> Concept:
+        try:
+            return self.store.find_by_token(token, tenant=self.tenant)
+        except UnknownConcept as error:
+            if token in self.packed:
+                return self.packed[token]
+            raise self._described(error) from None
+
+    def by_id(self, concept_id: str) -> Concept:
+        try:
+            return self.store.find_by_id(concept_id, tenant=self.tenant)
+        except UnknownConcept as error:
+            for concept in self.packed.values():
+                if concept.concept_id == concept_id:
+                    return concept
+            raise self._described(error) from None
+
+    def _described(self, error: UnknownConcept) -> UnknownConcept:
+        if not self.packed:
+            return error
+        names = ", ".join(sorted(self.packed)[:_NAMES_IN_ERRORS])
+        more = ", ..." if len(self.packed) > _NAMES_IN_ERRORS else ""
+        return UnknownConcept(
+            f"{error}; packed with the model: {names}{more}",
+            placeholder_token=error.placeholder_token,
+        )
 
 
 def _check_count(count: int, limits: Limits) -> None:
@@ -118,16 +159,15 @@ def _check_length(field: str, prompt: str) -> None:
 
 def _resolve(
     reference: generation_pb2.ConceptReference,
-    store: ConceptStore,
+    finder: "_Finder",
     limits: Limits,
-    tenant: str,
     field: str,
 ) -> Concept:
     match reference.WhichOneof("source"):
         case "placeholder_token":
-            return store.find_by_token(reference.placeholder_token, tenant=tenant)
+            return finder.by_token(reference.placeholder_token)
         case "concept_id":
-            return store.find_by_id(reference.concept_id, tenant=tenant)
+            return finder.by_id(reference.concept_id)
         case "inline":
             try:
                 return _inline_concept(reference.inline, limits, field)
@@ -278,6 +318,8 @@ class Replies:
             "sampler": request.sampler,
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
+            "guidance_start": request.guidance_start,
+            "guidance_end": request.guidance_end,
             "width": self.plan.width,
             "height": self.plan.height,
         }
@@ -298,6 +340,8 @@ def image_parameters(plan: GenerationPlan, seed: int, model_name: str) -> dict[s
         "height": plan.height,
         "model": model_name,
     }
+    if (request.guidance_start, request.guidance_end) != (0.0, 1.0):
+        parameters["guidance_interval"] = [request.guidance_start, request.guidance_end]
     if request.init_image is not None:
         parameters["strength"] = request.strength
     return parameters

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.bundle import Bundle
 from engine.errors import BundleError, NumericalError, WorkerDied
+from engine.guidance import GuidedCalls
 from engine.planner import GenerationPlan, Planner
 from engine.requests import Limits, RgbImage
 from engine.worker.answers import error_from_body, identity_of
@@ -31,7 +32,8 @@ class RemoteImage:
     image_id: int
     epoch: int  # of the process that has it
     seed: int
-    rows: int
+    all_rows: int
+    guided_calls: GuidedCalls
     num_steps: int
     shape_key: tuple[int, ...]
     row_cost: float
@@ -41,6 +43,11 @@ class RemoteImage:
     @property
     def is_done(self) -> bool:
         return self.steps_done == self.num_steps
+
+    @property
+    def rows(self) -> int:
+        """As `ImageInFlight.rows`."""
+        return self.all_rows if self.is_done or self.steps_done in self.guided_calls else 1
 
     def __del__(self) -> None:
         self.abandoned.append(self.image_id)
@@ -97,7 +104,8 @@ class RemoteModel:
                 image_id=image_id,
                 epoch=epoch,
                 seed=seed,
-                rows=len(task.weights),
+                all_rows=len(task.weights),
+                guided_calls=task.guided_calls,
                 num_steps=len(task.trajectory.rows),
                 shape_key=tuple(answer.body["shape_key"]),
                 row_cost=float(answer.body["row_cost"]),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from engine.guidance import GuidedCalls
 from engine.planner import DenoisingTask, TextRows
 from engine.samplers import COLUMNS, NUM_COLUMNS, StepCoefficients, Trajectory
 from engine.worker.wire import Array, Message, WireError
@@ -20,6 +21,7 @@ def task_to_message(task: DenoisingTask) -> Message:
         "height": task.height,
         "init_sigma": task.trajectory.init_sigma,
         "weights": task.weights,
+        "guided_calls": [task.guided_calls.first, task.guided_calls.end],
         "zero_negative": task.zero_negative,
         "rows_of_encoders": [len(texts) for texts in task.texts],
         "has_init_image": task.init_image is not None,
@@ -47,6 +49,7 @@ def task_from_message(message: Message) -> DenoisingTask:
                 tuple(_text(arrays) for _ in range(int(rows))) for rows in body["rows_of_encoders"]
             ),
             weights=tuple(float(weight) for weight in body["weights"]),
+            guided_calls=GuidedCalls(*(int(call) for call in body["guided_calls"])),
             zero_negative=bool(body["zero_negative"]),
             init_image=next(arrays) if body["has_init_image"] else None,
         )

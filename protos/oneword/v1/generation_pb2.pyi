@@ -106,6 +106,8 @@ class GenerateRequest(_message.Message):
     PREVIEW_EVERY_STEPS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    GUIDANCE_START_FIELD_NUMBER: _builtins.int
+    GUIDANCE_END_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text, at most 20000 characters; default empty. `<word>` is a concept: one of `concepts`, or a
     stored one. `(word:1.3)` weighs; a backslash makes `<`, `(` and `[` plain text.
@@ -144,6 +146,14 @@ class GenerateRequest(_message.Message):
     """
     priority: _builtins.int
     """0 to 9; default 0. Of what waits, the higher is taken first."""
+    guidance_start: _builtins.float
+    """Guidance from this share of an image's denoiser calls on, 0 to 1; default 0. The calls before
+    it and from `guidance_end` on have one row, as at guidance 1, and cost as much.
+    """
+    guidance_end: _builtins.float
+    """Guidance up to this share of an image's denoiser calls, above `guidance_start` to 1; default 1.
+    Refused, like `guidance_start`, where guidance is off or no call lies between the two.
+    """
     @_builtins.property
     def concepts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConceptReference]:
         """Concepts for the prompts besides those stored under a `<word>`; at most 32; default none."""
@@ -167,13 +177,19 @@ class GenerateRequest(_message.Message):
         preview_every_steps: _builtins.int = ...,
         request_id: _builtins.str = ...,
         priority: _builtins.int = ...,
+        guidance_start: _builtins.float | None = ...,
+        guidance_end: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "guidance_scale", b"guidance_scale", "height", b"height", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_end", b"_guidance_end", "_guidance_scale", b"_guidance_scale", "_guidance_start", b"_guidance_start", "_height", b"_height", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "guidance_end", b"guidance_end", "guidance_scale", b"guidance_scale", "guidance_start", b"guidance_start", "height", b"height", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "concepts", b"concepts", "guidance_scale", b"guidance_scale", "height", b"height", "image_format", b"image_format", "init_image", b"init_image", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "preview_every_steps", b"preview_every_steps", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampler", b"sampler", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_end", b"_guidance_end", "_guidance_scale", b"_guidance_scale", "_guidance_start", b"_guidance_start", "_height", b"_height", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_seed", b"_seed", "_strength", b"_strength", "_width", b"_width", "concepts", b"concepts", "guidance_end", b"guidance_end", "guidance_scale", b"guidance_scale", "guidance_start", b"guidance_start", "height", b"height", "image_format", b"image_format", "init_image", b"init_image", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "preview_every_steps", b"preview_every_steps", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampler", b"sampler", "seed", b"seed", "strength", b"strength", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_end: _TypeAlias = _typing.Literal["guidance_end"]  # noqa: Y015
+    _WhichOneofArgType__guidance_end: _TypeAlias = _typing.Literal["_guidance_end", b"_guidance_end"]  # noqa: Y015
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
+    _WhichOneofReturnType__guidance_start: _TypeAlias = _typing.Literal["guidance_start"]  # noqa: Y015
+    _WhichOneofArgType__guidance_start: _TypeAlias = _typing.Literal["_guidance_start", b"_guidance_start"]  # noqa: Y015
     _WhichOneofReturnType__height: _TypeAlias = _typing.Literal["height"]  # noqa: Y015
     _WhichOneofArgType__height: _TypeAlias = _typing.Literal["_height", b"_height"]  # noqa: Y015
     _WhichOneofReturnType__num_images: _TypeAlias = _typing.Literal["num_images"]  # noqa: Y015
@@ -187,7 +203,11 @@ class GenerateRequest(_message.Message):
     _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
     _WhichOneofArgType__width: _TypeAlias = _typing.Literal["_width", b"_width"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_end) -> _WhichOneofReturnType__guidance_end | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_start) -> _WhichOneofReturnType__guidance_start | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__height) -> _WhichOneofReturnType__height | None: ...
     @_typing.overload
@@ -370,6 +390,8 @@ class Accepted(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
     REPEATED_FIELD_NUMBER: _builtins.int
+    GUIDANCE_START_FIELD_NUMBER: _builtins.int
+    GUIDANCE_END_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names this request in the server's log and in its errors."""
     queue_position: _builtins.int
@@ -388,6 +410,10 @@ class Accepted(_message.Message):
     """Pixels."""
     repeated: _builtins.bool
     """Whether this is the answer to an earlier call with this `request_id`."""
+    guidance_start: _builtins.float
+    """Share of the denoiser calls from which on there is guidance."""
+    guidance_end: _builtins.float
+    """Share of the denoiser calls up to which there is guidance."""
     def __init__(
         self,
         *,
@@ -400,10 +426,12 @@ class Accepted(_message.Message):
         width: _builtins.int = ...,
         height: _builtins.int = ...,
         repeated: _builtins.bool = ...,
+        guidance_start: _builtins.float = ...,
+        guidance_end: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guidance_scale", b"guidance_scale", "height", b"height", "num_inference_steps", b"num_inference_steps", "queue_position", b"queue_position", "repeated", b"repeated", "request_id", b"request_id", "sampler", b"sampler", "seed", b"seed", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guidance_end", b"guidance_end", "guidance_scale", b"guidance_scale", "guidance_start", b"guidance_start", "height", b"height", "num_inference_steps", b"num_inference_steps", "queue_position", b"queue_position", "repeated", b"repeated", "request_id", b"request_id", "sampler", b"sampler", "seed", b"seed", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -411,7 +439,9 @@ Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
-    """One image has advanced."""
+    """One image has advanced. Not every step of a fast model is told; the last one is, and those with a
+    preview.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -508,6 +538,8 @@ class Summary(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_CHUNKS_FIELD_NUMBER: _builtins.int
     MODEL_NAME_FIELD_NUMBER: _builtins.int
+    GUIDANCE_START_FIELD_NUMBER: _builtins.int
+    GUIDANCE_END_FIELD_NUMBER: _builtins.int
     sampler: _builtins.str
     """Name of the sampler."""
     num_inference_steps: _builtins.int
@@ -528,6 +560,10 @@ class Summary(_message.Message):
     """Runs of the text encoder that the prompt takes."""
     model_name: _builtins.str
     """Name of the model."""
+    guidance_start: _builtins.float
+    """Share of the denoiser calls from which on there was guidance."""
+    guidance_end: _builtins.float
+    """Share of the denoiser calls up to which there was guidance."""
     @_builtins.property
     def timings(self) -> Global___Timings:
         """Wall-clock times."""
@@ -556,10 +592,12 @@ class Summary(_message.Message):
         num_tokens: _builtins.int = ...,
         num_chunks: _builtins.int = ...,
         model_name: _builtins.str = ...,
+        guidance_start: _builtins.float = ...,
+        guidance_end: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_negative_prompt", b"cut_negative_prompt", "cut_prompt", b"cut_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "matched_concepts", b"matched_concepts", "model_name", b"model_name", "num_chunks", b"num_chunks", "num_inference_steps", b"num_inference_steps", "num_tokens", b"num_tokens", "sampler", b"sampler", "seeds", b"seeds", "timings", b"timings", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut_negative_prompt", b"cut_negative_prompt", "cut_prompt", b"cut_prompt", "guidance_end", b"guidance_end", "guidance_scale", b"guidance_scale", "guidance_start", b"guidance_start", "height", b"height", "matched_concepts", b"matched_concepts", "model_name", b"model_name", "num_chunks", b"num_chunks", "num_inference_steps", b"num_inference_steps", "num_tokens", b"num_tokens", "sampler", b"sampler", "seeds", b"seeds", "timings", b"timings", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
