@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from engine.bundle import MANIFEST
 from engine.errors import BundleError, OneWordError
-from engine.plans import CAPABILITIES, PLAN_MANIFEST, Target
+from engine.plans.manifest import PLAN_MANIFEST
+from engine.plans.targets import CAPABILITIES, Target
 from engine.security.bundle_signatures import check_signatures, plan_folders
 from engine.security.signing import (
     Ed25519PrivateKey,
@@ -67,7 +68,23 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="rtx:SM[,SM...]",
         help="also compile fp16 plans with TensorRT for RTX, no GPU needed; SM of "
-        f"{', '.join(CAPABILITIES)}; may be given several times",
+        f"{', '.join(CAPABILITIES)}; or trt:native (or trt:SM) with TensorRT for this machine's "
+        "GPU; may be given several times",
+    )
+    parser.add_argument(
+        "--bucket",
+        action="append",
+        default=[],
+        metavar="WIDTHxHEIGHT",
+        help="a size in pixels that plans are tuned for, or all from one to another: "
+        "512x512-768x768; may be given several times (default: the model's own size, and half of "
+        "it to 1.5 times as much)",
+    )
+    parser.add_argument(
+        "--plan-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep compiled plans there by what they were compiled from, for all bundles",
     )
     parser.add_argument(
         "--sign-key",
@@ -125,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         from trainer.quiet import quiet_libraries
 
         quiet_libraries()  # before what is imported next can say anything
+        from trainer.compile_plans import PlanOptions
         from trainer.export import build_bundle
     except ImportError as error:
         return fail(
@@ -139,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.output,
             precision=options.precision,
             targets=options.target,
+            plans=PlanOptions(buckets=options.bucket, cache=options.plan_cache),
             revision=options.revision,
             progress=Progress(),
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from engine.bundle import Bundle
 from engine.errors import NumericalError
@@ -271,10 +271,7 @@ class ImageModel:
     def _decode_latents(
         self, latents: Float32[np.ndarray, "batch channels latent_height latent_width"]
     ) -> list[RgbImage | NumericalError]:
-        pixels = self._vae_decoder.run({"latents": latents})["images"].astype(np.float32)
-        finite = [bool(np.isfinite(one).all()) for one in pixels]
-        pictures = to_uint8(np.nan_to_num(pixels))
-        return [p if ok else _not_finite() for p, ok in zip(pictures, finite, strict=True)]
+        return pictures_of(self._vae_decoder.run({"latents": latents})["images"])
 
     def release(self, images: Sequence[ImageInFlight]) -> None:
         """Images that leave early hold nothing but their own memory: nothing to do."""
@@ -323,6 +320,16 @@ def open_sessions(bundle: Bundle, execution_provider: str) -> dict[str, Session]
         name: bundle.open_session(name, execution_provider=execution_provider)
         for name in bundle.manifest.components
     }
+
+
+def pictures_of(
+    images: Float[np.ndarray, "batch 3 height width"],
+) -> list[RgbImage | NumericalError]:
+    """What the decoder gives, in 8 bits; what is not finite is an error for that image alone."""
+    pixels = images.astype(np.float32)
+    finite = [bool(np.isfinite(one).all()) for one in pixels]
+    pictures = to_uint8(np.nan_to_num(pixels))
+    return [p if ok else _not_finite() for p, ok in zip(pictures, finite, strict=True)]
 
 
 def sound(results: Sequence[RgbImage | NumericalError]) -> list[RgbImage]:

@@ -55,6 +55,14 @@ def check_onnxruntime_install() -> None:
         )
 
 
+def import_onnxruntime() -> Any:
+    """The module, where exactly one of its packages is installed."""
+    check_onnxruntime_install()
+    import onnxruntime
+
+    return onnxruntime
+
+
 class OnnxSession:
     """An ONNX Runtime session on exactly the execution provider that was asked for."""
 
@@ -65,9 +73,7 @@ class OnnxSession:
         execution_provider: str = "CPUExecutionProvider",
         num_threads: int | None = None,
     ) -> None:
-        check_onnxruntime_install()
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         available = ort.get_available_providers()
         if execution_provider not in available:
             raise ProviderUnavailable(

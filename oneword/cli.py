@@ -33,6 +33,7 @@ COMMANDS = {
     "tokens": ("oneword.tokens", "say who may call a server: create, list and revoke tokens"),
     "pack": ("oneword.pack", "pack a bundle and its words for a device, signed and checked"),
     "keys": ("oneword.keys", "make keys that sign bundles, sign and verify"),
+    "doctor": ("oneword.doctor", "say what of this machine works, and what would mend the rest"),
     "demo": ("oneword.demo", "teach the embedded model a word, serve it, draw a contact sheet"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from engine.backends.names import CPU
 from engine.client import GenerationResult
 from engine.client.channel import SERVER_VARIABLE
 from engine.concepts import concept_to_bytes, read_concept
@@ -53,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("oneword.png"), help=".png or .webp; several images "
         "are numbered: x-0.png, x-1.png"
     )  # fmt: skip
+    parser.add_argument(
+        "--backend",
+        help="with --bundle, what runs the model: cpu (the default), cuda, cuda-graphs, tensorrt "
+        "or rtx",
+    )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
     add_security_arguments(parser)
 
@@ -95,6 +101,8 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw, write the pictures, and say what they were drawn with."""
+    if arguments.backend is not None and arguments.bundle is None:
+        raise InvalidRequest("--backend goes with --bundle; a server has its own")
     request = build_request(arguments, image_format_of(arguments.output))
     check_output(arguments.output)
     bar: tqdm[Any] = tqdm(total=1, unit="step", leave=False, disable=not sys.stderr.isatty())
@@ -105,7 +113,11 @@ def run(arguments: argparse.Namespace) -> int:
                 result = client.generate(request, on_progress=progress)
         else:
             result = generate_in_process(
-                request, arguments.bundle, progress, timeout_s=arguments.timeout
+                request,
+                arguments.bundle,
+                progress,
+                backend=arguments.backend or CPU,
+                timeout_s=arguments.timeout,
             )
     write_images(arguments.output, result.images)
     for line in describe(result.summary):
@@ -184,29 +196,30 @@ def generate_in_process(
     bundle: Path,
     on_progress: _Progress,
     *,
+    backend: str = CPU,
     timeout_s: float | None = None,
 ) -> GenerationResult:
     """What a server would answer, without one."""
     from engine.batching.batcher import Batcher, Event, StepDone, generate
-    from engine.pipeline import Pipeline
+    from engine.serving.model_opening import open_here
     from engine.serving.wire import Replies, image_format_from_proto, request_from_proto
     from engine.store.concept_store import DEFAULT_TENANT, ConceptStore
 
-    pipeline = Pipeline.open(bundle)
+    planner, model = open_here(bundle, backend=backend)
     store = ConceptStore.temporary()
-    batcher = Batcher(pipeline)
+    batcher = Batcher(model)
     try:
         domain_request = request_from_proto(
             request,
             store=store,
-            limits=pipeline.limits,
+            limits=planner.limits,
             tenant=DEFAULT_TENANT,
-            packed_concepts=pipeline.packed_concepts,
+            packed_concepts=planner.packed_concepts,
         )
-        plan = pipeline.plan(domain_request)
+        plan = planner.plan(domain_request)
         replies = Replies(
             plan=plan,
-            model_name=pipeline.bundle.manifest.model_name,
+            model_name=planner.bundle.manifest.model_name,
             image_format=image_format_from_proto(request.image_format),
         )
 

@@ -10,6 +10,7 @@ from engine.errors import ConfigError
 from engine.sessions import check_onnxruntime_install
 
 _ROOT = "oneword"
+_COMPILERS = {"rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}  # by extra
 _NEVER = ("torch", "diffusers", "transformers")
 
 
@@ -30,9 +31,10 @@ def runtime_requirements(*, signed: bool, plans: Sequence[str]) -> str:
     roots = [f"{_ROOT}[{runtime}]"]
     if signed:
         roots.append("cryptography")
-    for library in sorted({_compiler_of(plan) for plan in plans}):
+    for extra in sorted({_extra_of(plan) for plan in plans}):
+        library = _COMPILERS[extra]
         if _is_installed(library):
-            roots.append(library)
+            roots.append(f"{_ROOT}[{extra}]")
         else:
             lines.append(f"# The plans need {library}, which was not installed there.")
     names = closure(roots)
@@ -76,8 +78,8 @@ def _needed(name: str, extras: set[str]) -> Iterator[Requirement]:
             yield requirement
 
 
-def _compiler_of(plan: str) -> str:
-    return "tensorrt-rtx-cu13" if plan.startswith("rtx") else "tensorrt-cu13"
+def _extra_of(plan: str) -> str:
+    return "rtx" if plan.startswith("rtx") else "tensorrt"
 
 
 def _is_installed(name: str) -> bool:

@@ -26,7 +26,7 @@ from engine.concepts import Concept, check_fits, concept_to_bytes
 from engine.errors import BundleError, InvalidRequest
 from engine.files import is_full, sha256_of_file, sync_path
 from engine.packed import packed_concept_files, read_packed_concepts
-from engine.plans import PLAN_MANIFEST, read_plan_manifest
+from engine.plans.manifest import PLAN_MANIFEST, read_plan_manifest
 from engine.security.bundle_signatures import (
     check_bundle,
     check_signatures,

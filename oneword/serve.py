@@ -33,7 +33,7 @@ _FLAGS: dict[str, str | Flag] = {
         "concept-grace-s",
     ),
     "job_dir": "folder of the jobs; without it the server keeps none",
-    "execution_provider": "ONNX Runtime execution provider",
+    "backend": "what runs the model: cpu, cuda, cuda-graphs, tensorrt or rtx (docs/backends.md)",
     "grace_s": "seconds that requests under way get when the server is told to stop",
     "reflection": "describe the services to whoever asks (the default)",
     "limits.max_pixels": "width x height of one image (default: 16 times the model's own, at most "

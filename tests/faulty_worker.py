@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from engine.backends.opening import open_model
 from engine.bundle import Bundle
 from engine.pipeline import ImageModel, open_sessions
 from engine.sessions import Feeds, Session
-from engine.worker.model_worker import load_model, main
+from engine.worker.model_worker import main
 
 FAULTS = "ONEWORD_TEST_FAULTS"
 MODULE = "tests.faulty_worker"
@@ -58,9 +59,9 @@ class FaultySession:
         return text
 
 
-def load(bundle: Bundle, execution_provider: str) -> ImageModel:
+def load(bundle: Bundle, backend: str) -> ImageModel:
     if FAULTS not in os.environ:
-        return load_model(bundle, execution_provider)
+        return open_model(bundle, backend)
     faults = Path(os.environ[FAULTS])
     if (say := faults / "load.say").exists():
         print(say.read_text(), flush=True)
@@ -68,7 +69,7 @@ def load(bundle: Bundle, execution_provider: str) -> ImageModel:
         sys.exit(EXIT_CODE)
     sessions: dict[str, Session] = {
         name: FaultySession(session, name, faults)
-        for name, session in open_sessions(bundle, execution_provider).items()
+        for name, session in open_sessions(bundle, "CPUExecutionProvider").items()
     }
     return ImageModel(bundle, sessions)
 

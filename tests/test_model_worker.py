@@ -206,8 +206,8 @@ def test_what_cannot_be_sent_is_an_error_and_no_more(model: RemoteModel) -> None
 # The start
 
 
-def refusal_of_start(bundle: Path, provider: str = "CPUExecutionProvider") -> Exception:
-    model = RemoteModel(WorkerCommand(bundle=bundle, execution_provider=provider))
+def refusal_of_start(bundle: Path, backend: str = "cpu") -> Exception:
+    model = RemoteModel(WorkerCommand(bundle=bundle, backend=backend))
     model.launch()
     with pytest.raises(Exception) as caught:
         model.start()
@@ -222,8 +222,8 @@ def test_a_start_fails_as_it_fails_in_this_process(emoji_bundle_path: Path, tmp_
     found = refusal_of_start(tmp_path)
     assert type(found) is BundleError and str(found) == str(missing.value)
     with pytest.raises(ProviderUnavailable) as unavailable:
-        Pipeline.open(emoji_bundle_path, execution_provider="NoProvider")
-    found = refusal_of_start(emoji_bundle_path, "NoProvider")
+        Pipeline.open(emoji_bundle_path, execution_provider="NoExecutionProvider")
+    found = refusal_of_start(emoji_bundle_path, "NoExecutionProvider")
     assert type(found) is ProviderUnavailable and str(found) == str(unavailable.value)
 
 

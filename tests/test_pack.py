@@ -27,8 +27,8 @@ from engine.files import sha256_of_file
 from engine.fingerprint import embedding_fingerprint
 from engine.packed import read_packed_concepts
 from engine.pipeline import Pipeline
-from engine.plans import FORMAT_VERSION as PLAN_VERSION
-from engine.plans import PLAN_MANIFEST, PlanManifest, PlanSpec
+from engine.plans.manifest import FORMAT_VERSION as PLAN_VERSION
+from engine.plans.manifest import PLAN_MANIFEST, PlanManifest, PlanSpec
 from engine.requests import GenerationRequest
 from engine.security.bundle_signatures import check_bundle
 from engine.security.signing import create_keys
@@ -412,16 +412,19 @@ def _write_plan(folder: Path, capability: str) -> None:
     spec = PlanSpec(
         file="denoiser.plan",
         sha256=hashlib.sha256(b"vtrt a plan" * 100).hexdigest(),
+        key="key",
         sources={},
+        precision="fp16",
         inputs=[],
         outputs=[],
-        profile={},
+        profiles=[],
     )
     manifest = PlanManifest(
         format_version=PLAN_VERSION,
         target=f"rtx:{capability}",
-        tensorrt_rtx_version="1.4",
-        precision="fp16",
+        library="tensorrt_rtx",
+        library_version="1.4",
+        buckets=["64"],
         bundle_build_key=read_manifest(folder.parent.parent).build_key,
         plan_key="key",
         components={"denoiser": spec},
@@ -445,6 +448,7 @@ def test_the_requirements_name_exact_versions_and_no_torch(packed: Path) -> None
     pins.pop("tensorrt-rtx-cu13", None)  # a comment says so where it is not installed
     assert any("tensorrt-rtx-cu13" in line for line in lines)
     assert {"numpy", "grpcio", "onnxruntime", "tokenizers", "cryptography"} <= pins.keys()
-    assert not {"torch", "diffusers", "transformers", "oneword", "onnx", "pytest"} & pins.keys()
+    assert not {"torch", "diffusers", "transformers", "oneword", "pytest"} & pins.keys()
+    assert "onnx==" not in runtime_requirements(signed=True, plans=[])
     assert all(importlib.metadata.version(name) == version for name, version in pins.items())
     assert json.loads((packed / MANIFEST).read_text())["files"]["requirements.txt"]

@@ -1,29 +1,16 @@
-"""Plans for TensorRT for RTX: targets, profiles, compiling without a GPU, what is verified."""
+"""What plans are compiled for: targets, resolution buckets, profiles and their choice."""
 
 import dataclasses
-import json
 import sys
-from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
 from engine.bundle import ComponentSpec, LatentSpec, Manifest, TensorSpec, TextSpec
-from engine.errors import BundleError, ProviderUnavailable
-from engine.plans import (
-    FORMAT_VERSION,
-    PLAN_MANIFEST,
-    PlanManifest,
-    ShapeRange,
-    Target,
-    compile_plan,
-    import_tensorrt_rtx,
-    profile_of,
-    read_plan_manifest,
-)
-from tests.tiny_model import make_tiny_model
-
-TARGET = Target(("sm86", "sm89"))
+from engine.errors import ConfigError, ProviderUnavailable
+from engine.plans.profiles import Bucket, Profile, buckets_of, choose_profile, profiles_of
+from engine.plans.targets import Target
+from engine.plans.tensorrt_module import import_tensorrt
 
 
 @pytest.fixture
@@ -66,15 +53,21 @@ def test_targets_are_read_in_any_order_and_case() -> None:
     target = Target.parse("RTX:SM120, sm86,sm86")
     assert target.capabilities == ("sm86", "sm120")
     assert (str(target), target.folder) == ("rtx:sm86,sm120", "rtx-sm86-sm120")
+    hopper = Target.parse("trt:SM90")
+    assert (str(hopper), hopper.folder, hopper.kind) == ("trt:sm90", "trt-sm90", "trt")
+    assert Target.parse("trt:native").is_native and not hopper.is_native
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rtx:sm90", "Hopper .sm90. is not supported by TensorRT for RTX"),
+        ("rtx:sm90", "Hopper .sm90. is not supported by TensorRT for RTX: compile trt:sm90"),
         ("rtx:sm86,sm61", "unknown compute capability sm61 .*sm75, sm80, sm86"),
         ("cuda:sm86", "unknown target 'cuda:sm86'; write rtx:SM"),
         ("rtx:", "unknown target"),
+        ("trt", "unknown target"),
+        ("trt:sm89,sm90", "names 2 compute capabilities; TensorRT compiles for the GPU"),
+        ("trt:hopper", "'hopper' in target 'trt:hopper' is no compute capability"),
     ],
 )
 def test_unknown_targets_are_refused_with_the_known_ones(text: str, message: str) -> None:
@@ -83,9 +76,53 @@ def test_unknown_targets_are_refused_with_the_known_ones(text: str, message: str
 
 
 def test_a_missing_compiler_is_an_error_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(ProviderUnavailable, match=r"pip install oneword\[rtx\]"):
-        import_tensorrt_rtx()
+    for name in ("tensorrt_rtx", "tensorrt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ProviderUnavailable, match=r"for RTX .*pip install oneword\[rtx\]"):
+        import_tensorrt("rtx")
+    with pytest.raises(ProviderUnavailable, match=r"pip install oneword\[tensorrt\]"):
+        import_tensorrt("trt")
+
+
+def test_a_compiler_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 11 precision was a flag; a module of that name and version stands in for it."""
+    old = ModuleType("tensorrt")
+    old.__version__ = "10.16.1"  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "tensorrt", old)
+    with pytest.raises(ProviderUnavailable, match=r"version 10\.16\.1, needed is 11 or newer"):
+        import_tensorrt("trt")
+
+
+# Buckets
+
+
+def test_buckets_are_read_and_written() -> None:
+    texts = ("512x768", "256x256-768x512")
+    assert [str(Bucket.parse(text)) for text in texts] == list(texts)
+    assert Bucket.parse("512") == Bucket((512, 512), (512, 512))
+    assert str(Bucket.parse("256-768")) == "256x256-768x768"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("wide", "bucket 'wide' is no size; write 512x768"),
+        ("768-512", "ends below its beginning"),
+        ("500x512", "bucket 500x512: 500 is no multiple of 64 pixels"),
+        ("0x512", "bucket 0x512: 0 is no multiple of 64"),
+    ],
+)
+def test_buckets_that_cannot_be_are_refused(manifest: Manifest, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        buckets_of(manifest.latents, [text])
+
+
+def test_the_models_own_buckets_are_its_size_and_half_to_one_and_a_half(manifest: Manifest) -> None:
+    assert [str(b) for b in buckets_of(manifest.latents)] == ["512x512", "256x256-768x768"]
+    odd = dataclasses.replace(manifest.latents, default_size=320)  # half of it is no multiple
+    assert [str(b) for b in buckets_of(odd)] == ["320x320", "128x128-512x512"]
+    chosen = buckets_of(manifest.latents, ["512x768", "512x768", "768x512"])
+    assert [str(bucket) for bucket in chosen] == ["512x768", "768x512"]
 
 
 # Profiles
@@ -95,192 +132,63 @@ def tensors(**shapes: list[int | str]) -> list[TensorSpec]:
     return [TensorSpec(name=n, dtype="float16", shape=shape) for n, shape in shapes.items()]
 
 
-def test_profile_of_the_denoiser_spans_rows_sizes_and_chunks(manifest: Manifest) -> None:
-    spec = ComponentSpec(
-        file="denoiser.onnx",
-        inputs=tensors(
-            latents=["rows", 4, "height", "width"],
-            timestep=["rows"],
-            prompt_embeds=["rows", "tokens", 768],
-        ),
-        outputs=[],
-    )
-    assert profile_of("denoiser", spec, manifest) == {
-        "latents": ([1, 4, 32, 32], [2, 4, 64, 64], [16, 4, 96, 96]),
+DENOISER = ComponentSpec(
+    file="denoiser.onnx",
+    inputs=tensors(
+        latents=["rows", 4, "height", "width"],
+        timestep=["rows"],
+        prompt_embeds=["rows", "tokens", 768],
+    ),
+    outputs=[],
+)
+
+
+def test_the_denoiser_has_a_profile_for_each_bucket_with_dynamic_rows(manifest: Manifest) -> None:
+    buckets = buckets_of(manifest.latents, ["512x768", "256-640"])
+    both = {
         "timestep": ([1], [2], [16]),
         "prompt_embeds": ([1, 77, 768], [2, 77, 768], [16, 231, 768]),
     }
+    assert profiles_of("denoiser", DENOISER, manifest, buckets) == [
+        {"latents": ([1, 4, 96, 64], [2, 4, 96, 64], [16, 4, 96, 64]), **both},
+        {"latents": ([1, 4, 32, 32], [2, 4, 64, 64], [16, 4, 80, 80]), **both},
+    ]
 
 
-def test_profile_of_the_encoder_is_in_pixels_and_keeps_to_multiples(manifest: Manifest) -> None:
-    odd = dataclasses.replace(manifest.latents, default_size=320)  # half of it is no multiple
+def test_the_encoder_of_images_is_in_pixels(manifest: Manifest) -> None:
     spec = ComponentSpec(
         file="vae_encoder.onnx", inputs=tensors(images=["batch", 3, "height", "width"]), outputs=[]
     )
-    profile = profile_of("vae_encoder", spec, dataclasses.replace(manifest, latents=odd))
-    assert profile["images"] == ([1, 3, 128, 128], [1, 3, 320, 320], [4, 3, 512, 512])
+    exact, wide = profiles_of("vae_encoder", spec, manifest, buckets_of(manifest.latents))
+    assert exact["images"] == ([1, 3, 512, 512], [1, 3, 512, 512], [4, 3, 512, 512])
+    assert wide["images"] == ([1, 3, 256, 256], [1, 3, 512, 512], [4, 3, 768, 768])
 
 
-# Compilation: TensorRT for RTX itself, on the CPU
-
-
-@pytest.fixture(scope="module")
-def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ComponentSpec]:
-    """A float16 graph of a tiny text encoder."""
-    pytest.importorskip("tensorrt_rtx")
-    from trainer.model import load_model
-    from trainer.onnx_graphs import export_graph, graphs_of
-
-    folder = tmp_path_factory.mktemp("graph")
-    graph = graphs_of(load_model(make_tiny_model(folder / "model")))[0]
-    spec = export_graph(graph, folder, precision="fp16")
-    return folder / spec.file, spec
-
-
-PROFILE: dict[str, ShapeRange] = {
-    "inputs_embeds": ([1, 20, 24], [2, 20, 24], [4, 20, 24]),
-    "eos_index": ([1], [2], [4]),
-}
-
-
-@pytest.fixture(scope="module")
-def plans(
-    text_encoder: tuple[Path, ComponentSpec], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, PlanManifest]:
-    """A folder with one compiled plan and its manifest."""
-    folder = tmp_path_factory.mktemp("plans") / TARGET.folder
-    folder.mkdir()
-    onnx_path, spec = text_encoder
-    plan = compile_plan(
-        onnx_path, folder / "text_encoder.plan", target=TARGET, spec=spec, profile=PROFILE
+def test_text_has_one_profile_whatever_the_buckets(manifest: Manifest) -> None:
+    spec = ComponentSpec(
+        file="text_encoder.onnx",
+        inputs=tensors(inputs_embeds=["batch", 77, 768], eos_index=["batch"]),
+        outputs=[],
     )
-    manifest = PlanManifest(
-        format_version=FORMAT_VERSION,
-        target=str(TARGET),
-        tensorrt_rtx_version=import_tensorrt_rtx().__version__,
-        precision="fp16",
-        bundle_build_key="key",
-        plan_key="plan key",
-        components={"text_encoder": plan},
-    )
-    (folder / PLAN_MANIFEST).write_text(manifest.to_json())
-    return folder, manifest
+    (profile,) = profiles_of("text_encoder", spec, manifest, buckets_of(manifest.latents))
+    assert profile["inputs_embeds"] == ([1, 77, 768], [2, 77, 768], [8, 77, 768])
 
 
-def test_a_plan_is_compiled_without_a_gpu_and_verified(plans: tuple[Path, PlanManifest]) -> None:
-    folder, manifest = plans
-    assert (folder / "text_encoder.plan").read_bytes()[:4] == b"vtrt"
-    assert read_plan_manifest(folder, build_key="key") == manifest
-    assert manifest.components["text_encoder"].sources.keys() == {"text_encoder.onnx"}
+def test_shapes_go_to_the_narrowest_profile_that_takes_them(manifest: Manifest) -> None:
+    buckets = buckets_of(manifest.latents, ["256-1024", "256-768", "512x512"])
+    profiles = profiles_of("denoiser", DENOISER, manifest, buckets)
 
+    def chosen(rows: int, height: int, width: int, chunks: int = 1) -> int | None:
+        shapes = {
+            "latents": (rows, 4, height // 8, width // 8),
+            "timestep": (rows,),
+            "prompt_embeds": (rows, 77 * chunks, 768),
+        }
+        return choose_profile(profiles, shapes)
 
-def test_plans_of_another_build_are_refused(plans: tuple[Path, PlanManifest]) -> None:
-    with pytest.raises(BundleError, match="compiled from build key.*bundle is build other"):
-        read_plan_manifest(plans[0], build_key="other")
-
-
-def copied(plans: tuple[Path, PlanManifest], to: Path, **changes: object) -> Path:
-    """The folder again, with fields of its manifest changed."""
-    folder, manifest = plans
-    to /= folder.name
-    to.mkdir()
-    (to / "text_encoder.plan").write_bytes((folder / "text_encoder.plan").read_bytes())
-    fields = {**json.loads(manifest.to_json()), **changes}
-    (to / PLAN_MANIFEST).write_text(json.dumps(fields))
-    return to
-
-
-def test_a_damaged_plan_is_refused(plans: tuple[Path, PlanManifest], tmp_path: Path) -> None:
-    folder = copied(plans, tmp_path)
-    content = bytearray((folder / "text_encoder.plan").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "text_encoder.plan").write_bytes(content)
-    with pytest.raises(BundleError, match=r"text_encoder\.plan is corrupted"):
-        read_plan_manifest(folder, build_key="key")
-    (folder / "text_encoder.plan").unlink()
-    with pytest.raises(BundleError, match=r"text_encoder\.plan is missing"):
-        read_plan_manifest(folder, build_key="key")
-
-
-def test_a_plan_manifest_cannot_name_files_elsewhere(
-    plans: tuple[Path, PlanManifest], tmp_path: Path
-) -> None:
-    components = json.loads(plans[1].to_json())["components"]
-    components["text_encoder"]["file"] = "../text_encoder.plan"
-    folder = copied(plans, tmp_path, components=components)
-    with pytest.raises(BundleError, match="outside its folder"):
-        read_plan_manifest(folder, build_key="key")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format_version": 99}, "format_version 99, this version reads 2"),
-        ({"target": "rtx:sm89"}, "compiled for rtx:sm89, the folder is not named after"),
-        ({"target": "nonsense"}, "compiled for nonsense, the folder is not named after"),
-        ({"surprise": 1}, "not a plan manifest"),
-        ({"components": {"text_encoder": {}}}, "not a plan manifest"),
-    ],
-)
-def test_strange_plan_manifests_are_refused(
-    plans: tuple[Path, PlanManifest], tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
-    with pytest.raises(BundleError, match=message):
-        read_plan_manifest(copied(plans, tmp_path, **changes), build_key="key")
-
-
-def test_what_tensorrt_says_of_a_broken_graph_is_passed_on(
-    text_encoder: tuple[Path, ComponentSpec], tmp_path: Path
-) -> None:
-    broken = tmp_path / "broken.onnx"
-    broken.write_bytes(b"no graph at all")
-    with pytest.raises(BundleError, match=r"broken\.onnx cannot be parsed by TensorRT: ."):
-        compile_plan(
-            broken, tmp_path / "a.plan", target=TARGET, spec=text_encoder[1], profile=PROFILE
-        )
-    assert not (tmp_path / "a.plan").exists()
-
-
-def test_a_graph_that_is_not_the_manifests_is_refused(
-    text_encoder: tuple[Path, ComponentSpec], tmp_path: Path
-) -> None:
-    onnx_path, spec = text_encoder
-    float32 = [dataclasses.replace(tensor, dtype="float32") for tensor in spec.outputs]
-    wrong = dataclasses.replace(spec, outputs=float32)
-    with pytest.raises(BundleError, match="has outputs .*float16.*manifest says .*float32"):
-        compile_plan(onnx_path, tmp_path / "a.plan", target=TARGET, spec=wrong, profile=PROFILE)
-
-
-def test_a_profile_that_cannot_be_is_refused(
-    text_encoder: tuple[Path, ComponentSpec], tmp_path: Path
-) -> None:
-    onnx_path, spec = text_encoder
-    upside_down: dict[str, ShapeRange] = {**PROFILE, "eos_index": ([4], [2], [1])}
-    with pytest.raises(BundleError, match="profile"):
-        compile_plan(onnx_path, tmp_path / "a.plan", target=TARGET, spec=spec, profile=upside_down)
-
-
-def test_a_target_is_added_to_a_bundle_and_compiled_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    from trainer import compile_plans
-    from trainer.export import build_bundle
-
-    model = make_tiny_model(tmp_path / "model")
-    options: dict[str, Any] = {"samplers": ["ddim"], "max_steps": 8, "targets": ["rtx:sm89"]}
-    first = build_bundle(model, tmp_path / "bundle", **options)
-    assert first.was_built and first.compiled == ("rtx:sm89",)
-    second = build_bundle(model, tmp_path / "bundle", **options)
-    assert not second.was_built and second.compiled == ()
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "bundle"}
-    folder = tmp_path / "bundle" / "plans" / "rtx-sm89"
-    found = read_plan_manifest(folder, build_key=first.manifest.build_key)
-    assert found.components.keys() == first.manifest.components.keys()
-    denoiser = {tensor.name: tensor.dtype for tensor in found.components["denoiser"].inputs}
-    target = Target.parse("rtx:sm89")
-    assert found.plan_key == compile_plans.plan_key(target)
-    monkeypatch.setattr(compile_plans, "digest_of_sources", lambda _: "other code")
-    assert found.plan_key != compile_plans.plan_key(target)
-    # The bundle is float32; its plans are compiled from float16 graphs of their own.
-    assert denoiser == {"latents": "float16", "timestep": "float32", "prompt_embeds": "float16"}
+    assert [chosen(2, 512, 512), chosen(16, 512, 512, 3)] == [2, 2]
+    assert [chosen(2, 512, 768), chosen(1, 256, 256)] == [1, 1]
+    assert chosen(2, 1024, 512) == 0
+    assert [chosen(2, 1088, 512), chosen(17, 512, 512), chosen(2, 512, 512, 4)] == [None] * 3
+    assert choose_profile(profiles, {"latents": (1, 4, 64, 64)}) is None, "inputs are missing"
+    assert choose_profile(list[Profile](), {}) is None

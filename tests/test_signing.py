@@ -17,8 +17,8 @@ from engine.bundle import MANIFEST, Manifest, read_manifest
 from engine.errors import BundleError, ConfigError
 from engine.files import sha256_of_file
 from engine.pipeline import Pipeline
-from engine.plans import FORMAT_VERSION as PLAN_VERSION
-from engine.plans import PLAN_MANIFEST, PlanManifest, PlanSpec
+from engine.plans.manifest import FORMAT_VERSION as PLAN_VERSION
+from engine.plans.manifest import PLAN_MANIFEST, PlanManifest, PlanSpec
 from engine.security.bundle_signatures import check_bundle, sign_bundle
 from engine.security.config import SecurityConfig
 from engine.security.signing import create_keys, read_private_key, read_public_key, sign_file
@@ -78,16 +78,19 @@ def _plan_manifest(plans: Path) -> str:
     spec = PlanSpec(
         file=PLAN,
         sha256=sha256_of_file(plans / PLAN),
+        key="key",
         sources={},
+        precision="fp16",
         inputs=[],
         outputs=[],
-        profile={},
+        profiles=[],
     )
     return PlanManifest(
         format_version=PLAN_VERSION,
         target="rtx:sm86",
-        tensorrt_rtx_version="1.4",
-        precision="fp16",
+        library="tensorrt_rtx",
+        library_version="1.4",
+        buckets=[],
         bundle_build_key="key",
         plan_key="key",
         components={"denoiser": spec},

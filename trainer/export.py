@@ -27,11 +27,11 @@ from engine.bundle import (
 )
 from engine.errors import BundleError
 from engine.files import sha256_of_file
-from engine.plans import Target, import_tensorrt_rtx
+from engine.plans.targets import Target
 from engine.samplers import MAX_INFERENCE_STEPS
 from trainer.build_job import BuildJob, Precision, Progress
 from trainer.build_key import build_key, package_versions
-from trainer.compile_plans import compile_target
+from trainer.compile_plans import PlanOptions, compile_target, resolve_targets
 from trainer.model import DiffusionModel, load_model
 from trainer.onnx_graphs import ExportError, export_graph, graphs_of, size_multiple
 from trainer.parity import (
@@ -71,6 +71,7 @@ def build_bundle(
     *,
     precision: Precision = "fp32",
     targets: Sequence[str] = (),
+    plans: PlanOptions | None = None,
     revision: str | None = None,
     samplers: Sequence[str] | None = None,
     max_steps: int = MAX_INFERENCE_STEPS,
@@ -83,9 +84,8 @@ def build_bundle(
     nothing behind but what was there. Raises `ModelError`, `ExportError`, `SamplerRefused`, or an
     `EngineError` for targets.
     """
-    parsed = list(dict.fromkeys(Target.parse(target) for target in targets))
-    if parsed:
-        import_tensorrt_rtx()  # now, and not after minutes of export
+    # Now, and not after minutes of export: whatever is missing for them.
+    parsed = resolve_targets([Target.parse(target) for target in targets])
     output = output.resolve()  # a link is followed, and `.` has a name
     remove_abandoned(output)
     check_output(output)
@@ -102,7 +102,8 @@ def build_bundle(
         with staged_folder(output) as folder:
             parity = _build(job, folder)
     manifest = read_manifest(output)
-    compiled = [target for target in parsed if compile_target(job, manifest, target)]
+    options = plans or PlanOptions()
+    compiled = [target for target in parsed if compile_target(job, manifest, target, options)]
     return BuildReport(
         path=output,
         manifest=manifest,

@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.bundle import MANIFEST, Manifest, read_manifest
 from engine.errors import BundleError
 from engine.files import sha256_of_file
-from engine.plans import PLAN_MANIFEST, PLANS_FOLDER, read_plan_manifest
+from engine.plans.manifest import PLAN_MANIFEST, PLANS_FOLDER, read_plan_manifest
 from engine.security.signing import SUFFIX, Ed25519PrivateKey, TrustedKeys, sign_file
 
 

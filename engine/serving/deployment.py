@@ -223,7 +223,7 @@ def close_model(model: Model) -> None:
 def try_out(planner: Planner, model: Model) -> None:
     """Draw one picture of half the model's own size in the fewest steps; raises what fails.
 
-    Half, because every plan that is compiled for a size takes that (engine/plans.py).
+    Half, because every plan that is compiled for a size takes that (engine/plans/profiles.py).
     """
     spec, tables = planner.bundle.manifest.latents, planner.bundle.sampler_tables
     side = max(spec.default_size // 2 // spec.size_multiple, 1) * spec.size_multiple

@@ -8,11 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from engine.backends.names import CPU, plain_provider
+from engine.backends.opening import open_model
 from engine.batching.model import Model
-from engine.bundle import Manifest, TextSpec
+from engine.bundle import Bundle, Manifest, TextSpec
 from engine.errors import DeploymentFailed, EngineError
 from engine.pipeline import Pipeline
 from engine.planner import Planner
+from engine.requests import Limits
 from engine.security.bundle_signatures import check_bundle, read_trusted_manifest
 from engine.serving.deployment import OpenModel
 from engine.serving.server_config import ServerConfig
@@ -23,14 +26,11 @@ T = TypeVar("T")
 
 def model_opener(config: ServerConfig) -> OpenModel:
     """How bundles are opened: the first one, and those that are deployed later."""
-    settings: dict[str, Any] = {
-        "execution_provider": config.execution_provider,
-        "limits": config.limits,
-    }
+    settings: dict[str, Any] = {"backend": config.backend, "limits": config.limits}
     if config.model_process:
         opens: OpenModel = partial(open_remote, config=config.worker, **settings)
     else:
-        opens = partial(_open_here, **settings)
+        opens = partial(open_here, **settings)
 
     def open_trusted(bundle: Path) -> tuple[Planner, Model]:
         if config.security.trusted_keys:
@@ -55,9 +55,15 @@ async def in_daemon_thread(function: Callable[[Path], T], bundle: Path) -> T:
     return await asyncio.wrap_future(result)
 
 
-def _open_here(bundle: Path, **settings: Any) -> tuple[Planner, Model]:
-    pipeline = Pipeline.open(bundle, **settings)
-    return pipeline, pipeline
+def open_here(
+    bundle_path: Path, *, backend: str = CPU, limits: Limits | None = None
+) -> tuple[Planner, Model]:
+    """Both halves of a model in this process."""
+    if provider := plain_provider(backend):
+        pipeline = Pipeline.open(bundle_path, execution_provider=provider, limits=limits)
+        return pipeline, pipeline
+    bundle = Bundle.open(bundle_path)
+    return Planner(bundle, limits=limits or Limits()), open_model(bundle, backend)
 
 
 def manifest_to_deploy(bundle: Path, trusted_keys: Sequence[Path]) -> Manifest:

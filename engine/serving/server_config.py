@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.backends.names import check_backend
 from engine.batching.config import BatcherConfig
 from engine.endpoint import DEFAULT_ADDRESS, MAX_MESSAGE_BYTES
 from engine.errors import ConfigError
@@ -30,7 +31,9 @@ class ServerConfig:
     concept_index: str = ""  # postgresql://... in place of SQLite in concept_dir
     concept_files: str = ""  # a folder or the URL of a file system, in place of concept_dir
     store: StoreLimits = field(default_factory=StoreLimits)  # of those two, or of concept_dir
-    execution_provider: str = "CPUExecutionProvider"  # of ONNX Runtime; there is no fall-back
+    # cpu, cuda, cuda-graphs, tensorrt, rtx (docs/backends.md), or one of ONNX Runtime's execution
+    # providers; there is no fall-back
+    backend: str = "cpu"
     model_process: bool = True  # the graphs in a process of their own, which may die and come back
     worker: WorkerConfig = field(default_factory=WorkerConfig)  # of that process
     batcher: BatcherConfig = field(default_factory=BatcherConfig)
@@ -52,6 +55,7 @@ class ServerConfig:
                 "a server that learns must keep what it learned; give it a concept_dir, or a "
                 "training_dir if its concepts are not to be kept"
             )
+        check_backend(self.backend)
         for name in ("max_message_bytes", "max_concurrent_rpcs", "host_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

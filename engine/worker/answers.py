@@ -15,6 +15,7 @@ _NAMED: dict[str, type[EngineError]] = {
     for kind in (
         errors.BundleError,
         errors.ConfigError,
+        errors.InvalidRequest,  # a size that no plan takes
         errors.NumericalError,
         errors.ProviderUnavailable,
     )

@@ -17,9 +17,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from engine.backends.opening import open_model
 from engine.bundle import Bundle
-from engine.errors import NumericalError
-from engine.pipeline import ImageInFlight, ImageModel, open_sessions
+from engine.errors import InvalidRequest, NumericalError
+from engine.pipeline import ImageInFlight, ImageModel
 from engine.worker.answers import error_to_body, identity_of
 from engine.worker.task_wire import task_from_message
 from engine.worker.wire import Array, Message, WireError, receive, send
@@ -31,10 +32,6 @@ _OOM_SCORE = "500"  # of 1000
 
 # Makes the model of a bundle; tests put one in that fails in chosen ways.
 Load = Callable[[Bundle, str], ImageModel]
-
-
-def load_model(bundle: Bundle, execution_provider: str) -> ImageModel:
-    return ImageModel(bundle, open_sessions(bundle, execution_provider))
 
 
 class Worker:
@@ -61,7 +58,7 @@ class Worker:
                 raise WireError(f"unknown action in {list(request.body)}")
             return action(request)
         except Exception as error:
-            if not isinstance(error, NumericalError):
+            if not isinstance(error, InvalidRequest | NumericalError):
                 logger.exception("a request to the model failed")
             return Message({"error": error_to_body(error)})
 
@@ -106,11 +103,11 @@ class Worker:
             self._images.pop(image_id, None)
 
 
-def serve(connection: socket.socket, bundle: Path, execution_provider: str, load: Load) -> None:
+def serve(connection: socket.socket, bundle: Path, backend: str, load: Load) -> None:
     """Load a bundle, say how that went, then answer until the other side is gone."""
     try:
         opened = Bundle.open(bundle)
-        worker = Worker(load(opened, execution_provider))
+        worker = Worker(load(opened, backend))
     except Exception as error:
         with contextlib.suppress(ConnectionError):  # who started this found out for himself
             send(connection, Message({"error": error_to_body(error)}))
@@ -125,11 +122,11 @@ def serve(connection: socket.socket, bundle: Path, execution_provider: str, load
             send(connection, answer)
 
 
-def main(load: Load = load_model) -> None:
+def main(load: Load = open_model) -> None:
     parser = argparse.ArgumentParser(prog="engine.worker.model_worker", allow_abbrev=False)
     parser.add_argument("--socket", type=int, required=True, help="descriptor of the socket")
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--execution-provider", required=True)
+    parser.add_argument("--backend", required=True)
     parser.add_argument("--niceness", type=int, required=True)
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -140,7 +137,7 @@ def main(load: Load = load_model) -> None:
     _die_before_parent()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with socket.socket(fileno=arguments.socket) as connection:
-        serve(connection, arguments.bundle, arguments.execution_provider, load)
+        serve(connection, arguments.bundle, arguments.backend, load)
 
 
 def _die_with_parent() -> None:

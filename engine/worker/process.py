@@ -28,7 +28,7 @@ class WorkerCommand:
     """How the process of a model is started."""
 
     bundle: Path
-    execution_provider: str = "CPUExecutionProvider"
+    backend: str = "cpu"
     niceness: int = 0
     module: str = WORKER_MODULE
 
@@ -38,7 +38,7 @@ class WorkerCommand:
             *(sys.executable, "-P", "-X", "faulthandler", "-m", self.module),
             *("--socket", str(descriptor)),
             *("--bundle", str(self.bundle.resolve())),
-            *("--execution-provider", self.execution_provider),
+            *("--backend", self.backend),
             *("--niceness", str(self.niceness)),
         ]
 

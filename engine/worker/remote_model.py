@@ -180,7 +180,7 @@ def _numerical(error: Exception) -> NumericalError:
 def open_remote(
     bundle_path: Path,
     *,
-    execution_provider: str = "CPUExecutionProvider",
+    backend: str = "cpu",
     limits: Limits | None = None,
     config: WorkerConfig | None = None,
     **command: Any,
@@ -190,12 +190,7 @@ def open_remote(
     Raises the errors of `Pipeline.open`, in its words.
     """
     config = config or WorkerConfig()
-    words = WorkerCommand(
-        bundle=bundle_path,
-        execution_provider=execution_provider,
-        niceness=config.niceness,
-        **command,
-    )
+    words = WorkerCommand(bundle=bundle_path, backend=backend, niceness=config.niceness, **command)
     model = RemoteModel(words, config)
     model.launch()
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.backends.names import CPU
 from engine.bundle import Bundle
 from engine.pipeline import ImageModel, open_sessions
 from engine.sessions import Feeds, Session
@@ -43,8 +44,9 @@ class PoisonedSession:
         return outputs
 
 
-def load(bundle: Bundle, execution_provider: str) -> ImageModel:
-    sessions: dict[str, Session] = dict(open_sessions(bundle, execution_provider))
+def load(bundle: Bundle, backend: str) -> ImageModel:
+    assert backend == CPU
+    sessions: dict[str, Session] = dict(open_sessions(bundle, "CPUExecutionProvider"))
     sessions["denoiser"] = PoisonedSession(sessions["denoiser"], Path(os.environ[FOLDER]))
     return ImageModel(bundle, sessions)
 
