@@ -57,10 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "fp16"),
+        choices=("fp32", "fp16", "int8"),
         default="fp32",
         help="inside the ONNX graphs (default: %(default)s); the VAE stays fp32 where its config "
-        "says force_upcast",
+        "says force_upcast; int8, of the denoiser alone, is for CPUs: faster, with images that "
+        "differ (docs/cpu-backend.md)",
     )
     parser.add_argument(
         "--target",

@@ -87,7 +87,7 @@ class Manifest:
     format_version: int
     family: str  # "stable-diffusion", "...-xl" or "latent-diffusion"; nothing depends on it
     model_name: str  # last part of the folder or the hub id
-    precision: str  # "fp32" or "fp16": the dtype inside the graphs
+    precision: str  # "fp32", "fp16" or "int8": inside the graphs; int8 of the denoiser alone
     prediction_type: str  # "epsilon" or "v_prediction"
     scheduler_config: dict[str, Any]
     text: TextSpec

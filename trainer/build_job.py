@@ -10,7 +10,7 @@ from typing import Literal
 from trainer.model import DiffusionModel
 from trainer.onnx_graphs import Graph
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 

@@ -17,7 +17,9 @@ SOURCES = (
     "engine/families.py",
     "engine/fingerprint.py",
     "engine/samplers.py",
+    "trainer/attention_fusion.py",
     "trainer/build_key.py",
+    "trainer/calibration.py",
     "trainer/encoder_modules.py",
     "trainer/export.py",
     "trainer/families.py",
@@ -27,6 +29,7 @@ SOURCES = (
     "trainer/onnx_graphs.py",
     "trainer/parity.py",
     "trainer/previews.py",
+    "trainer/quantization.py",
     "trainer/splicing.py",
 )
 

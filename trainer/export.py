@@ -31,6 +31,7 @@ from engine.plans.targets import Target
 from engine.samplers import MAX_INFERENCE_STEPS
 from trainer.build_job import BuildJob, Precision, Progress
 from trainer.build_key import build_key, package_versions
+from trainer.calibration import quantize_denoiser
 from trainer.compile_plans import PlanOptions, compile_target, resolve_targets
 from trainer.model import DiffusionModel, load_model
 from trainer.onnx_graphs import ExportError, export_graph, graphs_of, size_multiple
@@ -39,6 +40,7 @@ from trainer.parity import (
     MIN_PSNR_DB,
     NUM_INFERENCE_STEPS,
     Parity,
+    check_float32_denoiser,
     measure_parity,
 )
 from trainer.previews import fit_latent_rgb
@@ -169,11 +171,21 @@ def _build(job: BuildJob, folder: Path) -> Parity:
     components: dict[str, ComponentSpec] = {}
     for graph in job.graphs:
         with job.stage(f"export {graph.name}"):
-            components[graph.name] = export_graph(graph, folder, precision=job.precision)
+            components[graph.name] = export_graph(
+                graph,
+                folder,
+                precision=job.precision,
+                fused_attention=job.precision != "fp16",  # what TensorRT may be given
+            )
     _write_tokens(job.model, folder)
     with job.stage("previews"):
         (folder / LATENT_RGB).write_bytes(save({"latent_rgb": fit_latent_rgb(job.model)}))
     _write_samplers(job, folder)
+    if job.precision == "int8":
+        with job.stage("calibration"):
+            _write_manifest(job, folder, components)
+            check_float32_denoiser(Bundle.open(folder), job.graphs)
+            quantize_denoiser(folder)
     with job.stage("parity gate"):
         manifest = _write_manifest(job, folder, components)
         parity = measure_parity(Bundle.open(folder), job.model, job.graphs)

@@ -25,6 +25,7 @@ from torch.jit._trace import TracerWarning
 from engine.bundle import ComponentSpec, TensorSpec
 from engine.errors import OneWordError
 from engine.families import NUM_TIME_IDS
+from trainer.attention_fusion import fuse_attention
 from trainer.model import DiffusionModel, Encoder
 
 OPSET_VERSION = 18
@@ -122,10 +123,12 @@ class Graph:
     max_tokens: int
     float32_inputs: tuple[str, ...] = ()  # stay float32 in a float16 graph
     needs_float32: bool = False  # overflows in float16
+    bears_int8: bool = False  # what most of the time is spent in
 
     def precision(self, precision: str) -> str:
         """The precision inside this graph, in a bundle of `precision`."""
-        return "fp32" if self.needs_float32 else precision
+        stays = not self.bears_int8 if precision == "int8" else self.needs_float32
+        return "fp32" if stays else precision
 
     def random_inputs(self, sizes: dict[str, int], seed: int) -> tuple[Tensor, ...]:
         """Float32 inputs of the right kind, with the dynamic axes as long as `sizes` says."""
@@ -219,6 +222,7 @@ def _denoiser_graph(model: DiffusionModel, pooled_dim: int | str) -> Graph:
         size_multiple=size_multiple(unet),
         max_tokens=model.max_tokens,
         float32_inputs=("timestep", "time_ids"),
+        bears_int8=True,
     )
 
 
@@ -227,10 +231,13 @@ def export_graph(
     folder: Path,
     *,
     precision: str,
+    fused_attention: bool = False,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
 ) -> ComponentSpec:
     """Write `folder/NAME.onnx`, with weights in `NAME.onnx.data` if they exceed the limit.
 
+    `fused_attention` is for ONNX Runtime alone (trainer/attention_fusion.py); what TensorRT
+    compiles must be standard operators. `int8` is float32 here: trainer/quantization.py follows.
     Raises `ExportError` if an axis that must be dynamic was frozen.
     """
     half = graph.precision(precision) == "fp16"
@@ -241,7 +248,9 @@ def export_graph(
         model = onnx.load(file)
     _check_inputs(graph, model)
     _name_output_axes(graph, model)
-    _save(model, folder / f"{graph.name}.onnx", external_data_bytes)
+    if fused_attention:
+        fuse_attention(model)
+    save_graph(model, folder / f"{graph.name}.onnx", external_data_bytes)
     return ComponentSpec(
         file=f"{graph.name}.onnx",
         inputs=_tensor_specs(model.graph.input),
@@ -314,7 +323,10 @@ def _name_output_axes(graph: Graph, model: onnx.ModelProto) -> None:
                 dimension.dim_value = axis
 
 
-def _save(model: onnx.ModelProto, path: Path, external_data_bytes: int) -> None:
+def save_graph(
+    model: onnx.ModelProto, path: Path, external_data_bytes: int = EXTERNAL_DATA_BYTES
+) -> None:
+    """Write a graph, with its weights beside it if they exceed the limit."""
     external = sum(len(t.raw_data) for t in model.graph.initializer) > external_data_bytes
     onnx.save_model(
         model,
