@@ -111,7 +111,7 @@ class OnnxSession:
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         inputs = {
-            name: np.ascontiguousarray(array, dtype=self._dtypes[name])
+            name: np.asarray(array, dtype=self._dtypes[name], order="C")
             for name, array in feeds.items()
         }
         outputs = self._session.run(self._outputs, inputs)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from engine.sessions import OnnxSession, sums_overflow, usable_cores
@@ -43,3 +45,23 @@ def test_8_bit_sums_overflow_on_x86_without_vnni(
 
 def test_a_session_takes_the_cores_that_the_process_may_use(session: OnnxSession) -> None:
     assert session._session.get_session_options().intra_op_num_threads == usable_cores()
+
+
+def test_a_single_number_stays_one(tmp_path: Path) -> None:
+    """As graphs of other exporters take it; NumPy's ascontiguousarray would make it [1]."""
+    helper, number = onnx.helper, onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [
+            helper.make_node("Shape", ["number"], ["shape"]),
+            helper.make_node("Size", ["shape"], ["rank"]),
+        ],
+        "rank_of_a_number",
+        [helper.make_tensor_value_info("number", number, None)],
+        [helper.make_tensor_value_info("rank", onnx.TensorProto.INT64, [])],
+    )
+    onnx.save_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
+        tmp_path / "rank.onnx",
+    )
+    session = OnnxSession(tmp_path / "rank.onnx")
+    assert session.run({"number": np.asarray(3.0)})["rank"] == 0

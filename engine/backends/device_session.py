@@ -54,7 +54,7 @@ class DeviceSession:
             self._ready[shapes] = self._prepare(shapes)
         ready = self._ready[shapes]
         for name, array in ready.inputs.items():
-            self._device.upload(array, np.ascontiguousarray(feeds[name], array.dtype))
+            self._device.upload(array, np.asarray(feeds[name], array.dtype, order="C"))
         ready.call()
         return {name: self._device.download(array) for name, array in ready.outputs.items()}
 

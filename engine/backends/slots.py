@@ -95,7 +95,7 @@ class Slots:
         for name, values in kept.items():
             for row, value in enumerate(values):
                 place = self._kept[name].part(ROWS_PER_IMAGE * slot + row)
-                self._device.upload(place, np.ascontiguousarray(value, place.dtype))
+                self._device.upload(place, np.asarray(value, place.dtype, order="C"))
 
     def step(self, images: Sequence[SlotStep]) -> None:
         """Advance images by one step each, in one call of the denoiser. Does not wait for it."""

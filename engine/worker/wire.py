@@ -72,7 +72,7 @@ def receive(connection: socket.socket, *, timeout_s: float | None = None) -> Mes
 def _ready(array: Array) -> Array:
     if array.dtype.str not in _DTYPES:
         raise WireError(f"an array of {array.dtype} cannot be sent, only {', '.join(_DTYPES)}")
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")
 
 
 def _check_sizes(header_bytes: int, arrays_bytes: int) -> None:
