@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip==26.3
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,rtx,train,signing,metrics,tracing,postgres,fsspec,tensorboard,recipe,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,openvino,rtx,train,signing,metrics,tracing,postgres,fsspec,tensorboard,recipe,dev]'
 	touch $(INSTALLED)
 
 demo: setup

@@ -31,6 +31,7 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "onnx",
+    "openvino",
     "tokenizers",
     "safetensors",
     "grpcio",

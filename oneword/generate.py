@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.backends.names import CPU
+from engine.backends.names import BACKENDS, CPU
 from engine.client import GenerationResult
 from engine.client.channel import SERVER_VARIABLE
 from engine.concepts import concept_to_bytes, read_concept
@@ -56,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--backend",
-        help="with --bundle, what runs the model: cpu (the default), cuda, cuda-graphs, tensorrt "
-        "or rtx",
+        help=f"with --bundle, what runs the model: {', '.join(BACKENDS)} (the first)",
     )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this long")
     add_security_arguments(parser)

@@ -5,6 +5,7 @@ import asyncio
 import logging
 from pathlib import Path
 
+from engine.backends.names import BACKENDS
 from engine.config_file import build, read_config_file
 from engine.config_text import example, to_toml
 from engine.operations.log_queue import never_wait_for
@@ -33,7 +34,7 @@ _FLAGS: dict[str, str | Flag] = {
         "concept-grace-s",
     ),
     "job_dir": "folder of the jobs; without it the server keeps none",
-    "backend": "what runs the model: cpu, cuda, cuda-graphs, tensorrt or rtx (docs/backends.md)",
+    "backend": f"what runs the model: {', '.join(BACKENDS)} (docs/backends.md)",
     "grace_s": "seconds that requests under way get when the server is told to stop",
     "reflection": "describe the services to whoever asks (the default)",
     "limits.max_pixels": "width x height of one image (default: 16 times the model's own, at most "

@@ -5,8 +5,9 @@ from engine.plans.tensorrt_module import Kind
 
 CPU = "cpu"
 CUDA, CUDA_GRAPHS = "cuda", "cuda-graphs"  # ONNX Runtime; the latter replays recorded calls
+OPENVINO, OPENVINO_BF16 = "openvino", "openvino-bf16"  # on the CPU; the latter in bfloat16
 KINDS: dict[str, Kind] = {"tensorrt": "trt", "rtx": "rtx"}
-BACKENDS = (CPU, CUDA, CUDA_GRAPHS, *KINDS)
+BACKENDS = (CPU, OPENVINO, OPENVINO_BF16, CUDA, CUDA_GRAPHS, *KINDS)
 _PROVIDER = "ExecutionProvider"  # how ONNX Runtime's names end
 
 

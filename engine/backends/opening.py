@@ -7,7 +7,17 @@ from typing import Any, Protocol, runtime_checkable
 from engine.backends.cuda_device import CudaDevice, find_gpu
 from engine.backends.device import Device, Program
 from engine.backends.device_model import DeviceImageModel, history_of
-from engine.backends.names import CPU, CUDA, CUDA_GRAPHS, KINDS, check_backend, plain_provider
+from engine.backends.names import (
+    CPU,
+    CUDA,
+    CUDA_GRAPHS,
+    KINDS,
+    OPENVINO,
+    OPENVINO_BF16,
+    check_backend,
+    plain_provider,
+)
+from engine.backends.openvino_session import open_openvino_sessions
 from engine.backends.ort_program import OrtProgram
 from engine.backends.plan_program import OpenedPlan, PlanProgram, Scratch
 from engine.backends.step_graphs import STEP_GRAPHS, step_graphs
@@ -30,6 +40,9 @@ def open_model(bundle: Bundle, backend: str = CPU) -> ImageModel:
         return open_plans(bundle, KINDS[backend])
     if backend in (CUDA, CUDA_GRAPHS):
         return open_cuda(bundle, cuda_graphs=backend == CUDA_GRAPHS)
+    if backend in (OPENVINO, OPENVINO_BF16):
+        precision = "bf16" if backend == OPENVINO_BF16 else "f32"
+        return ImageModel(bundle, open_openvino_sessions(bundle, precision))
     provider = plain_provider(backend)
     assert provider is not None
     return ImageModel(bundle, open_sessions(bundle, provider))

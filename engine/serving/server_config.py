@@ -31,8 +31,8 @@ class ServerConfig:
     concept_index: str = ""  # postgresql://... in place of SQLite in concept_dir
     concept_files: str = ""  # a folder or the URL of a file system, in place of concept_dir
     store: StoreLimits = field(default_factory=StoreLimits)  # of those two, or of concept_dir
-    # cpu, cuda, cuda-graphs, tensorrt, rtx (docs/backends.md), or one of ONNX Runtime's execution
-    # providers; there is no fall-back
+    # cpu, openvino, openvino-bf16, cuda, cuda-graphs, tensorrt, rtx (docs/backends.md), or one of
+    # ONNX Runtime's execution providers; there is no fall-back
     backend: str = "cpu"
     model_process: bool = True  # the graphs in a process of their own, which may die and come back
     worker: WorkerConfig = field(default_factory=WorkerConfig)  # of that process

@@ -146,6 +146,8 @@ def test_whatever_a_backend_does_the_others_have_their_turn(tmp_path: Path) -> N
     states = {name.removeprefix("backend "): f.state for name, f in found.items()}
     assert states == {
         "cpu": OK,
+        "openvino": OK,
+        "openvino-bf16": OK,
         "cuda": BROKEN,
         "cuda-graphs": OK,
         "tensorrt": MISSING,
