@@ -33,8 +33,17 @@ def main(name: str) -> None:
 
 def peak_mb() -> float:
     """VmHWM: unlike getrusage's ru_maxrss, it does not count the parent before exec."""
+    return _status_mb("VmHWM")
+
+
+def resident_mb() -> float:
+    """What this process has in memory now."""
+    return _status_mb("VmRSS")
+
+
+def _status_mb(field: str) -> float:
     status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    (line,) = (line for line in status.splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) / 1024
 
 
