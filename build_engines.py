@@ -59,9 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("fp32", "fp16", "int8"),
         default="fp32",
-        help="inside the ONNX graphs (default: %(default)s); the VAE stays fp32 where its config "
-        "says force_upcast; int8, of the denoiser alone, is for CPUs: faster, with images that "
-        "differ (docs/cpu-backend.md)",
+        help="inside the ONNX graphs (default: %(default)s); a component that does not bear fp16 "
+        "is found by the parity gate and stays fp32; int8, of the denoiser alone, is for CPUs: "
+        "faster, with images that differ (docs/cpu-backend.md)",
     )
     parser.add_argument(
         "--target",
@@ -224,6 +224,8 @@ def describe(report: "BuildReport") -> str:
         lines.append(f"  image against diffusers: {report.parity.image_psnr_db:.1f} dB PSNR")
         for component, errors in report.parity.max_relative_error.items():
             lines.append(f"  {component} against PyTorch: {max(errors.values()):.1e} of its range")
+        for component, reason in report.parity.float32_islands.items():
+            lines.append(f"  {component} stays float32: {reason}")
     lines += [f"  compiled plans for {target}" for target in report.compiled]
     if report.seconds:
         lines.append(f"  {sum(report.seconds.values()):.1f} s in all")

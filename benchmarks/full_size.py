@@ -1,114 +1,62 @@
-"""A bundle of Stable Diffusion 1.5's size, of random weights: does it build, what does it cost?
+"""Bundles of true size, of random weights: do they build, what do they cost?
 
-    python -m benchmarks.full_size FOLDER [--keep]      (about 12 GB of disk, 16 GB of memory)
+    python -m benchmarks.full_size FOLDER --family sd15 [--precision fp16] [--keep]
 
-The graphs are those of the real model (widths, layers, 77 tokens); only the vocabulary is the
-embedded model's, since a tokenizer has no random weights. Nothing here speaks of image quality.
+Disk: twice the model's weights (4, 5 and 14 GB in float32). The graphs are those of the real model
+(benchmarks/full_size_configs.py); nothing here speaks of image quality. What was measured is put
+into docs/benchmarks/full-size.json, and all of that into full-size.md.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.schedulers.scheduling_pndm import PNDMScheduler
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from benchmarks.memory import peak_mb
-from benchmarks.peers import MODEL
+from benchmarks.full_size_configs import FAMILIES
+from benchmarks.full_size_report import describe
+from benchmarks.peers import ROOT
+from benchmarks.random_model import make_model
 from benchmarks.run import machine
+from benchmarks.stage_memory import StageMemory
 from engine.batching.batcher import Batcher, generate
 from engine.pipeline import Pipeline
 from engine.requests import GenerationRequest
 from trainer.export import build_bundle
 from trainer.quiet import quiet_libraries
 
-UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "layers_per_block": 2,
-}
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-TEXT = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "projection_dim": 768,
-}
-SCHEDULER: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "skip_prk_steps": True,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+RESULTS = ROOT / "docs" / "benchmarks"
+# All graphs are open while an image is drawn, and each takes up to twice its weights.
+_DRAWN_BYTES = 6 << 30
 
 
-def make_model(folder: Path) -> None:
-    """Save a Stable Diffusion 1.5 with random weights in the diffusers layout."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer", model_max_length=77)
-    ids = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
-    }
-    config = CLIPTextConfig(**TEXT, vocab_size=len(tokenizer), **ids)  # pyright: ignore
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(**VAE),
-        text_encoder=CLIPTextModel(config),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**UNET),
-        scheduler=PNDMScheduler(**SCHEDULER),  # pyright: ignore
-        safety_checker=None,  # pyright: ignore
-        feature_extractor=None,  # pyright: ignore
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(folder)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--keep", action="store_true", help="leave model and bundle there")
-    arguments = parser.parse_args()
-    quiet_libraries()
-    model, bundle = arguments.folder / "model", arguments.folder / "bundle"
+def measure(folder: Path, family: str, precision: Any) -> dict[str, Any]:
+    """Make the model unless it is there, and build its bundle."""
+    model, bundle = folder / f"{family}-model", folder / f"{family}-{precision}"
+    memory = StageMemory()
     if not (model / "model_index.json").exists():
-        make_model(model)
-    started = time.monotonic()
-
-    def tell(stage: str, done: int, total: int) -> None:
-        if done == total:
-            print(f"{stage}: {time.monotonic() - started:.0f} s so far", flush=True)
-
+        memory("make the model", 0, 1)
+        make_model(FAMILIES[family], model)
+        memory("make the model", 1, 1)
     # One sampler for a few steps: their tables do not depend on the size of the model.
-    report = build_bundle(model, bundle, samplers=("ddim",), max_steps=20, progress=tell)
-    results: dict[str, Any] = {"machine": machine(), "seconds": report.seconds}
-    results["build_peak_mb"] = peak_mb()
-    if report.parity:
-        results["parity"] = {
-            "max_relative_error": report.parity.max_relative_error,
-            "image_psnr_db": report.parity.image_psnr_db,
-        }
-    results["image_256_px_4_steps_s"] = _draw(bundle)
-    print(json.dumps(results, indent=2))
-    if not arguments.keep:
-        shutil.rmtree(arguments.folder)
+    report = build_bundle(
+        model, bundle, precision=precision, samplers=("ddim",), max_steps=20, progress=memory
+    )
+    if report.parity is None:
+        raise SystemExit(f"{bundle} was built before; remove it to measure")
+    stages = {name: dataclasses.asdict(stage) for name, stage in memory.stages.items()}
+    stages.pop("make the model", None)
+    size = sum(file.stat().st_size for file in bundle.iterdir())
+    return {
+        **machine(),
+        "stages": stages,
+        "parity": dataclasses.asdict(report.parity),
+        "precision": {name: spec.precision for name, spec in report.manifest.components.items()},
+        "bundle_mb": size >> 20,
+        "image_256_px_4_steps_s": _draw(bundle) if size < _DRAWN_BYTES else None,
+    }
 
 
 def _draw(bundle: Path) -> float:
@@ -119,6 +67,26 @@ def _draw(bundle: Path) -> float:
     generate(batcher, pipeline.plan(request))
     batcher.close()
     return time.monotonic() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--family", choices=FAMILIES, default="sd15")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
+    parser.add_argument("--keep", action="store_true", help="leave the model and the bundle there")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    found = measure(arguments.folder, arguments.family, arguments.precision)
+    path = arguments.results / "full-size.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[f"{arguments.family} {arguments.precision}"] = found
+    path.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+    path.with_suffix(".md").write_text(describe(results))
+    if not arguments.keep:
+        for kind in ("model", arguments.precision):
+            shutil.rmtree(arguments.folder / f"{arguments.family}-{kind}")
 
 
 if __name__ == "__main__":

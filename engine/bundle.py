@@ -78,6 +78,9 @@ class ComponentSpec:
     file: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
+    # Inside the graph; None in bundles of versions that did not write it. Differs from the
+    # manifest's where the parity gate found that the component does not bear that one.
+    precision: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +90,7 @@ class Manifest:
     format_version: int
     family: str  # "stable-diffusion", "...-xl" or "latent-diffusion"; nothing depends on it
     model_name: str  # last part of the folder or the hub id
-    precision: str  # "fp32", "fp16" or "int8": inside the graphs; int8 of the denoiser alone
+    precision: str  # "fp32", "fp16" or "int8": what was asked for; each component has its own
     prediction_type: str  # "epsilon" or "v_prediction"
     scheduler_config: dict[str, Any]
     text: TextSpec

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from trainer.component_memory import Residence
 from trainer.model import DiffusionModel
 from trainer.onnx_graphs import Graph
 
@@ -27,6 +28,7 @@ class BuildJob:
     build_key: str
     output: Path
     progress: Progress
+    residence: Residence = field(default_factory=Residence)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 from collections.abc import Sequence
 
+from trainer.component_memory import Residence
 from trainer.fingerprint import model_fingerprint
 from trainer.model import DiffusionModel
 from trainer.sources import digest_of_sources
@@ -17,9 +18,12 @@ SOURCES = (
     "engine/families.py",
     "engine/fingerprint.py",
     "engine/samplers.py",
+    "trainer/activations.py",
     "trainer/attention_fusion.py",
     "trainer/build_key.py",
     "trainer/calibration.py",
+    "trainer/component_build.py",
+    "trainer/component_memory.py",
     "trainer/encoder_modules.py",
     "trainer/export.py",
     "trainer/families.py",
@@ -31,6 +35,7 @@ SOURCES = (
     "trainer/previews.py",
     "trainer/quantization.py",
     "trainer/splicing.py",
+    "trainer/weightless.py",
 )
 
 
@@ -45,6 +50,7 @@ def build_key(
     precision: str,
     samplers_key: str,
     sources: Sequence[str] = SOURCES,
+    residence: Residence | None = None,
 ) -> str:
     """SHA-256 over the model, options, versions and the exporter's own code.
 
@@ -56,6 +62,6 @@ def build_key(
         "samplers": samplers_key,
         "versions": package_versions(),
         "name": model.name,
-        "model": model_fingerprint(model),
+        "model": model_fingerprint(model, (residence or Residence()).of),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

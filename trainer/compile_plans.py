@@ -140,8 +140,10 @@ class _Compiler:
         with self.job.stage(f"compile {graph.name} for {self.target}"):
             folder, spec = self.job.output, self.manifest.components[graph.name]
             if self.job.precision != PRECISION:
-                folder, spec = self.scratch, export_graph(graph, self.scratch, precision=PRECISION)
-            return self._compile(graph.name, folder, spec, graph.precision(PRECISION))
+                with self.job.residence.of(graph.name):
+                    spec = export_graph(graph, self.scratch, precision=PRECISION)
+                folder = self.scratch
+            return self._compile(graph.name, folder, spec, str(spec.precision))
 
     def step_plans(self, components: Mapping[str, PlanSpec]) -> dict[str, PlanSpec]:
         """Compile what is between the denoiser's calls, in the dtypes of the components' plans."""

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,17 +31,17 @@ from engine.plans.targets import Target
 from engine.samplers import MAX_INFERENCE_STEPS
 from trainer.build_job import BuildJob, Precision, Progress
 from trainer.build_key import build_key, package_versions
-from trainer.calibration import quantize_denoiser
 from trainer.compile_plans import PlanOptions, compile_target, resolve_targets
+from trainer.component_build import BuiltComponent, build_component, quantize_component
+from trainer.component_memory import Residence
 from trainer.model import DiffusionModel, load_model
-from trainer.onnx_graphs import ExportError, export_graph, graphs_of, size_multiple
+from trainer.onnx_graphs import ExportError, graphs_of, size_multiple
 from trainer.parity import (
     MAX_RELATIVE_ERROR,
     MIN_PSNR_DB,
     NUM_INFERENCE_STEPS,
     Parity,
-    check_float32_denoiser,
-    measure_parity,
+    measure_image,
 )
 from trainer.previews import fit_latent_rgb
 from trainer.sampler_tables import SAMPLERS as ALL_SAMPLERS
@@ -50,6 +50,7 @@ from trainer.splicing import plain_tokenizer, text_spec
 from trainer.staging import remove_abandoned, staged_folder
 
 PARITY = "parity.json"
+READING = "read the model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,27 +79,34 @@ def build_bundle(
     samplers: Sequence[str] | None = None,
     max_steps: int = MAX_INFERENCE_STEPS,
     progress: Progress | None = None,
+    parked_bytes: int | None = None,
 ) -> BuildReport:
     """Build the bundle of a model at `output`, unless it is there already, and plans for `targets`.
 
     A bundle at `output` is replaced only when the new one is complete and has passed the parity
     gate; plans of targets that are not asked for again go with the old one. A failure leaves
-    nothing behind but what was there. Raises `ModelError`, `ExportError`, `SamplerRefused`, or an
-    `EngineError` for targets.
+    nothing behind but what was there. Networks of at least `parked_bytes` (by default 256 MB) are
+    in memory only while they are needed. Raises `ModelError`, `ExportError`, `SamplerRefused`, or
+    an `EngineError` for targets.
     """
     # Now, and not after minutes of export: whatever is missing for them.
     parsed = resolve_targets([Target.parse(target) for target in targets])
     output = output.resolve()  # a link is followed, and `.` has a name
     remove_abandoned(output)
     check_output(output)
+    residence = Residence(parked_bytes=parked_bytes)
+    progress = progress or (lambda stage, done, total: None)
+    progress(READING, 0, 1)
     job = _prepare(
-        load_model(model, revision=revision),
+        load_model(model, revision=revision, on_read=residence.add),
+        residence,
         output,
         precision,
         tuple(ALL_SAMPLERS if samplers is None else samplers),
         max_steps,
-        progress or (lambda stage, done, total: None),
+        progress,
     )
+    progress(READING, 1, 1)
     parity = None
     if not _is_current(job):
         with staged_folder(output) as folder:
@@ -126,6 +134,7 @@ def check_output(output: Path) -> None:
 
 def _prepare(
     model: DiffusionModel,
+    residence: Residence,
     output: Path,
     precision: Precision,
     samplers: tuple[str, ...],
@@ -152,9 +161,12 @@ def _prepare(
         samplers=samplers,
         max_steps=max_steps,
         samplers_key=tables_key,
-        build_key=build_key(model, precision=precision, samplers_key=tables_key),
+        build_key=build_key(
+            model, precision=precision, samplers_key=tables_key, residence=residence
+        ),
         output=output,
         progress=progress,
+        residence=residence,
     )
 
 
@@ -168,32 +180,33 @@ def _is_current(job: BuildJob) -> bool:
 
 def _build(job: BuildJob, folder: Path) -> Parity:
     """Fill an empty folder with a bundle and put it through the parity gate."""
-    components: dict[str, ComponentSpec] = {}
-    for graph in job.graphs:
-        with job.stage(f"export {graph.name}"):
-            components[graph.name] = export_graph(
-                graph,
-                folder,
-                precision=job.precision,
-                fused_attention=job.precision != "fp16",  # what TensorRT may be given
-            )
+    built = {graph.name: build_component(job, graph, folder) for graph in job.graphs}
+    components = {name: component.spec for name, component in built.items()}
     _write_tokens(job.model, folder)
-    with job.stage("previews"):
+    with job.stage("previews"), job.residence.of("vae"):
         (folder / LATENT_RGB).write_bytes(save({"latent_rgb": fit_latent_rgb(job.model)}))
     _write_samplers(job, folder)
     if job.precision == "int8":
-        with job.stage("calibration"):
-            _write_manifest(job, folder, components)
-            check_float32_denoiser(Bundle.open(folder), job.graphs)
-            quantize_denoiser(folder)
-    with job.stage("parity gate"):
+        _write_manifest(job, folder, components)
+        built["denoiser"] = quantize_component(job, built["denoiser"], folder)
+        components["denoiser"] = built["denoiser"].spec
+    with job.stage("check the image"):
         manifest = _write_manifest(job, folder, components)
-        parity = measure_parity(Bundle.open(folder), job.model, job.graphs)
-        precisions = {graph.name: graph.precision(job.precision) for graph in job.graphs}
+        parity = measure_parity(Bundle.open(folder), job, built)
+        precisions = {name: str(spec.precision) for name, spec in components.items()}
         parity.check(precisions, job.precision)
         _write_parity(job, folder, parity, precisions)
-        _write_manifest(job, folder, manifest.components)
+        _write_manifest(job, folder, components, hashed=manifest.files)
     return parity
+
+
+def measure_parity(bundle: Bundle, job: BuildJob, built: dict[str, BuiltComponent]) -> Parity:
+    """What the gate has found of the components, and finds of a whole image."""
+    return Parity(
+        max_relative_error={name: component.errors for name, component in built.items()},
+        image_psnr_db=measure_image(bundle, job.model, job.residence),
+        float32_islands={name: one.island for name, one in built.items() if one.island},
+    )
 
 
 def _write_tokens(model: DiffusionModel, folder: Path) -> None:
@@ -232,13 +245,16 @@ def _has_same_samplers(job: BuildJob) -> bool:
         return (file.metadata() or {}).get("key") == job.samplers_key
 
 
-def _write_manifest(job: BuildJob, folder: Path, components: dict[str, ComponentSpec]) -> Manifest:
-    """Write `bundle.json` over the files that are there."""
-    files = {
-        path.relative_to(folder).as_posix(): sha256_of_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+def _write_manifest(
+    job: BuildJob,
+    folder: Path,
+    components: dict[str, ComponentSpec],
+    hashed: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Write `bundle.json` over the files that are there; `hashed` are known to be unchanged."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    files = {name: (hashed or {}).get(name) or sha256_of_file(path) for name, path in names.items()}
     model = job.model
     first, *second = (text_spec(encoder) for encoder in model.encoders)
     manifest = Manifest(
@@ -278,6 +294,7 @@ def _latent_spec(model: DiffusionModel) -> LatentSpec:
 def _write_parity(job: BuildJob, folder: Path, parity: Parity, precisions: dict[str, str]) -> None:
     report = {
         **dataclasses.asdict(parity),
+        "precision": precisions,
         "limits": {
             "max_relative_error": {
                 name: MAX_RELATIVE_ERROR[precision] for name, precision in precisions.items()

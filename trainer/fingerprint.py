@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor
 from trainer.model import DiffusionModel, Encoder
 
 
-def model_fingerprint(model: DiffusionModel) -> str:
+def model_fingerprint(
+    model: DiffusionModel,
+    present: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> str:
     """SHA-256 over every weight, the configs of all parts, noise schedule and tokenizers.
 
     Of the loaded parts, so that it depends neither on where the model lies nor on the device or
-    the memory format.
+    the memory format. `present` sees to it that a network has its weights for as long as they are
+    read (trainer/component_memory.py).
     """
     described = {
         "family": model.family.name,
@@ -27,9 +32,10 @@ def model_fingerprint(model: DiffusionModel) -> str:
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for part, module in model.modules.items():
-        for name, weight in sorted(module.state_dict().items()):
-            digest.update(f"{part}.{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(_bytes(weight))
+        with present(part):
+            for name, weight in sorted(module.state_dict().items()):
+                digest.update(f"{part}.{name} {weight.dtype} {tuple(weight.shape)}".encode())
+                digest.update(_bytes(weight))
     return digest.hexdigest()
 
 

@@ -140,13 +140,19 @@ class DiffusionModel:
 
 
 def load_model(
-    model: str | Path, *, revision: str | None = None, unet_dtype: torch.dtype = torch.float32
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    unet_dtype: torch.dtype = torch.float32,
+    on_read: Callable[[str, nn.Module, Callable[[], nn.Module]], None] | None = None,
 ) -> DiffusionModel:
     """Load a diffusers folder or hub id without safety checker; safetensors only.
 
     Weights are read from the plain files, or from the `fp16` variant where those are missing.
     Only the denoiser can be in another precision than float32: text encoders and autoencoder cost
     little, half precision hurts the vectors' gradient and overflows some autoencoders (SDXL's).
+    `on_read` is told of each network, by its name in `DiffusionModel.modules`, before the next one
+    is read, and is given a function that reads it again.
     Denoiser and autoencoder have channels last, which convolutions are faster with.
     Raises `ModelError` for a model that is missing, broken or not supported.
     """
@@ -163,26 +169,40 @@ def load_model(
     def part(loader: Callable[..., _T], name: str, **options: Any) -> _T:
         return _load_part(loader, source, name, revision=revision, **options)
 
+    def told(name: str, network: _Module, read: Callable[[], nn.Module]) -> _Module:
+        if on_read is not None:
+            on_read(name, network, read)
+        return network
+
     def encoder(spec: EncoderSpec) -> Encoder:
         loader = spec.classes[str(_class_name(index, spec.folder))].from_pretrained
-        text_encoder = part(loader, spec.folder, dtype=torch.float32)
+
+        def read() -> Any:
+            return part(loader, spec.folder, dtype=torch.float32).requires_grad_(False).eval()
+
+        text_encoder = read()
+        table = text_encoder.get_input_embeddings().weight.detach().clone()
         return Encoder(
             spec=spec,
             tokenizer=_load_tokenizer(source, revision, spec),
-            token_embedding=text_encoder.get_input_embeddings().weight.detach().clone(),
-            text_encoder=text_encoder.requires_grad_(False).eval(),
+            token_embedding=table,
+            text_encoder=told(spec.name, text_encoder, read),
         )
+
+    def unet() -> UNet2DConditionModel:
+        loader = UNet2DConditionModel.from_pretrained
+        return _channels_last(part(loader, "unet", torch_dtype=unet_dtype))
+
+    def vae() -> AutoencoderKL:
+        loader = AutoencoderKL.from_pretrained
+        return _channels_last(part(loader, family.vae, torch_dtype=torch.float32))
 
     loaded = DiffusionModel(
         name=Path(source).name,
         family=family,
         encoders=tuple(encoder(spec) for spec in family.encoders),
-        unet=_channels_last(
-            part(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=unet_dtype)
-        ),
-        vae=_channels_last(
-            part(AutoencoderKL.from_pretrained, family.vae, torch_dtype=torch.float32)
-        ),
+        unet=told("unet", unet(), unet),
+        vae=told("vae", vae(), vae),
         scheduler_config=scheduler_config,
         zero_empty_negative=family.zero_empty_negative
         and bool(index.get("force_zeros_for_empty_prompt", True)),

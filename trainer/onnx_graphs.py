@@ -5,11 +5,7 @@ where the dynamo exporter takes 34 s, on Stable Diffusion 1.5's UNet 93 s instea
 Runtime runs both graphs equally fast. docs/bundle.md has the figures.
 """
 
-import contextlib
-import copy
 import tempfile
-import warnings
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +16,14 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.jit._trace import TracerWarning
 
 from engine.bundle import ComponentSpec, TensorSpec
 from engine.errors import OneWordError
 from engine.families import NUM_TIME_IDS
 from trainer.attention_fusion import fuse_attention
 from trainer.model import DiffusionModel, Encoder
+from trainer.weightless import Weight, trace_without_weights, write_with_weights
 
-OPSET_VERSION = 18
 # Far below protobuf's limit of 2 GB: loading a large protobuf costs its size in memory once more.
 EXTERNAL_DATA_BYTES = 512 << 20
 Axes = tuple[int | str, ...]  # a string names a dynamic axis
@@ -121,6 +116,9 @@ class Graph:
     outputs: dict[str, Axes]
     size_multiple: int  # heights and widths that the graph takes are multiples of this
     max_tokens: int
+    # A multiple to trace with, where the graph takes smaller ones than images have: float16
+    # convolutions take a CPU seconds each.
+    traced_multiple: int | None = None
     float32_inputs: tuple[str, ...] = ()  # stay float32 in a float16 graph
     needs_float32: bool = False  # overflows in float16
     bears_int8: bool = False  # what most of the time is spent in
@@ -174,6 +172,7 @@ def graphs_of(model: DiffusionModel) -> list[Graph]:
             inputs={"latents": latents},
             outputs={"images": ("batch", 3, "image_height", "image_width")},
             size_multiple=multiple,
+            traced_multiple=2,
             max_tokens=tokens,
             needs_float32=vae_needs_float32,
         ),
@@ -183,6 +182,7 @@ def graphs_of(model: DiffusionModel) -> list[Graph]:
             inputs={"images": ("batch", 3, "height", "width")},
             outputs={"mean": posterior, "std": posterior},
             size_multiple=multiple * model.scale_factor,
+            traced_multiple=2 * model.scale_factor,
             max_tokens=tokens,
             needs_float32=vae_needs_float32,
         ),
@@ -241,25 +241,23 @@ def export_graph(
     Raises `ExportError` if an axis that must be dynamic was frozen.
     """
     half = graph.precision(precision) == "fp16"
+    path = folder / f"{graph.name}.onnx"
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{graph.name}.") as scratch:
-        file = Path(scratch) / f"{graph.name}.onnx"
-        _trace(graph, file, half=half)
-        # Above 2 GB the exporter leaves one file per weight beside the graph: gather them.
-        model = onnx.load(file)
+        model, weights = _trace(graph, Path(scratch) / path.name, half=half)
     _check_inputs(graph, model)
     _name_output_axes(graph, model)
     if fused_attention:
         fuse_attention(model)
-    save_graph(model, folder / f"{graph.name}.onnx", external_data_bytes)
+    write_with_weights(model, weights, path, external_data_bytes=external_data_bytes)
     return ComponentSpec(
-        file=f"{graph.name}.onnx",
+        file=path.name,
         inputs=_tensor_specs(model.graph.input),
         outputs=_tensor_specs(model.graph.output),
+        precision="fp16" if half else "fp32",
     )
 
 
-def _trace(graph: Graph, file: Path, *, half: bool) -> None:
-    module = copy.deepcopy(graph.module).half() if half else graph.module
+def _trace(graph: Graph, file: Path, *, half: bool) -> tuple[onnx.ModelProto, dict[str, Weight]]:
     example = graph.random_inputs(_tracing_sizes(graph), seed=0)
     if half:
         example = tuple(
@@ -272,39 +270,22 @@ def _trace(graph: Graph, file: Path, *, half: bool) -> None:
         name: {index: axis for index, axis in enumerate(axes) if isinstance(axis, str)}
         for name, axes in graph.inputs.items()
     }
-    with torch.no_grad(), _without_tracer_warnings():
-        torch.onnx.export(
-            module,
-            example,
-            str(file),
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_axes=dynamic_axes,
-            opset_version=OPSET_VERSION,
-            dynamo=False,
-        )
+    outputs = list(graph.outputs)
+    return trace_without_weights(
+        graph.module, example, file, inputs=dynamic_axes, outputs=outputs, half=half
+    )
 
 
 def _tracing_sizes(graph: Graph) -> dict[str, int]:
     """Sizes that nothing in a graph could mean on purpose: not 0 or 1, and none like another."""
-    multiple = graph.size_multiple
+    multiple = graph.traced_multiple or graph.size_multiple
     return {
         "batch": 3,
         "rows": 3,
         "tokens": graph.max_tokens + 2,
-        "height": 3 * multiple,
-        "width": 5 * multiple,
+        "height": 2 * multiple,
+        "width": 3 * multiple,
     }
-
-
-@contextlib.contextmanager
-def _without_tracer_warnings() -> Generator[None]:
-    """Silence what the exporter says of itself; the parity gate is what finds a wrong trace."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=TracerWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", "Constant folding", category=UserWarning)
-        yield
 
 
 def _check_inputs(graph: Graph, model: onnx.ModelProto) -> None:
@@ -321,19 +302,6 @@ def _name_output_axes(graph: Graph, model: onnx.ModelProto) -> None:
                 dimension.dim_param = axis
             else:
                 dimension.dim_value = axis
-
-
-def save_graph(
-    model: onnx.ModelProto, path: Path, external_data_bytes: int = EXTERNAL_DATA_BYTES
-) -> None:
-    """Write a graph, with its weights beside it if they exceed the limit."""
-    external = sum(len(t.raw_data) for t in model.graph.initializer) > external_data_bytes
-    onnx.save_model(
-        model,
-        path,
-        save_as_external_data=external,
-        location=f"{path.name}.data" if external else None,
-    )
 
 
 def _shape(tensor: onnx.ValueInfoProto) -> list[int | str]:

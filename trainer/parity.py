@@ -8,7 +8,8 @@ family's diffusers pipeline draws the same image with the concept loaded its own
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from engine.concepts import Concept
 from engine.pipeline import Pipeline, sound
 from engine.requests import GenerationRequest, Limits
 from engine.sessions import Array, Feeds, Session
+from trainer.activations import FLOAT16_MAX, HEADROOM, LargestActivation, largest_activation
+from trainer.component_memory import Residence, SessionsInTurn, free_memory
 from trainer.messages import first_line
 from trainer.model import DiffusionModel
 from trainer.onnx_graphs import ExportError, Graph
@@ -54,6 +57,8 @@ class Parity:
 
     max_relative_error: dict[str, dict[str, float]]  # component -> output -> error
     image_psnr_db: float
+    # Component -> why it is float32 in a float16 bundle, which it was tried in first.
+    float32_islands: dict[str, str] = field(default_factory=dict[str, str])
 
     def check(self, precisions: Mapping[str, str], precision: str) -> None:
         """Raise `ParityError` that names everything outside its tolerance."""
@@ -75,39 +80,64 @@ class Parity:
             )
 
 
-def measure_parity(bundle: Bundle, model: DiffusionModel, graphs: list[Graph]) -> Parity:
-    """Compare a complete bundle with the float32 model it was made of, on the CPU."""
-    sessions: dict[str, Session] = {graph.name: bundle.open_session(graph.name) for graph in graphs}
-    return Parity(
-        max_relative_error={
-            graph.name: component_errors(graph, sessions[graph.name]) for graph in graphs
-        },
-        image_psnr_db=image_psnr_db(bundle, sessions, model),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What a graph's float32 module gives, at sizes other than those traced."""
+
+    cases: list[tuple[dict[str, int], Feeds, list[Array]]]  # sizes, inputs, outputs in order
+    largest: LargestActivation  # 0 where it was not looked for
 
 
-def check_float32_denoiser(bundle: Bundle, graphs: list[Graph]) -> None:
-    """The gate for a denoiser that is to be quantized; raises `ParityError`."""
-    graph = next(graph for graph in graphs if graph.name == "denoiser")
-    errors = component_errors(graph, bundle.open_session(graph.name))
-    parity = Parity(max_relative_error={graph.name: errors}, image_psnr_db=math.inf)
-    parity.check({graph.name: "fp32"}, "fp32")
+def record_reference(graph: Graph, *, activations: bool = False) -> Reference:
+    """Run the module with batches of 1, 2 and 3 of several sizes; with a look inside, if wanted."""
+    with torch.no_grad(), ExitStack() as stack:
+        largest = stack.enter_context(largest_activation(graph.module)) if activations else None
+        cases = [_reference_case(graph, *case) for case in enumerate(_checked_sizes(graph))]
+        return Reference(cases=cases, largest=largest() if largest else LargestActivation(0.0, ""))
 
 
-def component_errors(graph: Graph, session: Session) -> dict[str, float]:
-    """The largest relative error of each output over batches of 1, 2 and 3 of several sizes."""
+def _reference_case(
+    graph: Graph, seed: int, sizes: dict[str, int]
+) -> tuple[dict[str, int], Feeds, list[Array]]:
+    inputs = graph.random_inputs(sizes, seed)
+    outputs = graph.module(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    feeds = {name: value.numpy() for name, value in zip(graph.inputs, inputs, strict=True)}
+    return sizes, feeds, [output.numpy() for output in outputs]
+
+
+def component_errors(
+    graph: Graph, session: Session, reference: Reference | None = None
+) -> dict[str, float]:
+    """The largest relative error of each output over all cases of the reference."""
+    reference = reference or record_reference(graph)
     errors = dict.fromkeys(graph.outputs, 0.0)
-    for seed, sizes in enumerate(_checked_sizes(graph)):
-        inputs = graph.random_inputs(sizes, seed)
-        with torch.no_grad():
-            expected = graph.module(*inputs)
-        expected = expected if isinstance(expected, tuple) else (expected,)
-        feeds = {name: value.numpy() for name, value in zip(graph.inputs, inputs, strict=True)}
+    for sizes, feeds, expected in reference.cases:
         outputs = _run(graph, session, feeds, sizes)
-        for name, reference in zip(graph.outputs, expected, strict=True):
-            error = _relative_error(outputs[name], reference.numpy())
+        for name, wanted in zip(graph.outputs, expected, strict=True):
+            error = _relative_error(outputs[name], wanted)
             errors[name] = error if math.isnan(error) else max(errors[name], error)
     return errors
+
+
+def check_component(graph: Graph, errors: dict[str, float], precision: str) -> None:
+    """Raise `ParityError` if a graph of this precision is outside its tolerance."""
+    parity = Parity(max_relative_error={graph.name: errors}, image_psnr_db=math.inf)
+    parity.check({graph.name: precision}, precision)
+
+
+def reason_for_float32(reference: Reference, errors: dict[str, float]) -> str | None:
+    """Why a graph that was tried in float16 must not be; None if it may."""
+    if not reference.largest.fits_float16:
+        return (
+            f"numbers reach {reference.largest}; float16 ends at {FLOAT16_MAX:.0f}, and a factor "
+            f"of {HEADROOM:.0f} is kept free"
+        )
+    limit = MAX_RELATIVE_ERROR["fp16"]
+    wrong = [
+        f"{name} is off by {error:.1e}" for name, error in errors.items() if not error <= limit
+    ]
+    return f"{', '.join(wrong)} of its range (limit {limit:.0e})" if wrong else None
 
 
 def _run(graph: Graph, session: Session, feeds: Feeds, sizes: dict[str, int]) -> dict[str, Array]:
@@ -141,14 +171,31 @@ def _relative_error(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any])
     return float(np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max())
 
 
-def image_psnr_db(bundle: Bundle, sessions: dict[str, Session], model: DiffusionModel) -> float:
-    """PSNR between the runtime's image and diffusers', same prompt, seed, concept and steps."""
+def measure_image(bundle: Bundle, model: DiffusionModel, residence: Residence) -> float:
+    """PSNR between the runtime's image and diffusers', same prompt, seed, concept and steps.
+
+    diffusers' model is out of memory before the bundle's graphs are read, and those one at a time.
+    """
+    request = _image_request(bundle, model)
+    with residence.of(*model.modules):
+        reference = draw_with_diffusers(model, request)
+    free_memory()  # the pipeline has cycles
+    sessions = SessionsInTurn(tuple(bundle.manifest.components), bundle.open_session)
+    pipeline = Pipeline(bundle, dict(sessions), limits=Limits())
+    images = pipeline.begin(pipeline.plan(request))
+    while not images[0].is_done:
+        pipeline.step(images)
+    image = sound(pipeline.decode(images))[0] / 255.0
+    sessions.close()
+    return psnr_db(image, reference)
+
+
+def _image_request(bundle: Bundle, model: DiffusionModel) -> GenerationRequest:
     spec = bundle.manifest.latents
-    concept = _random_concept(model)
-    request = GenerationRequest(
+    return GenerationRequest(
         prompt=f"a photo of {PLACEHOLDER_TOKEN}, in the morning",
         negative_prompt="a drawing" if model.family.takes_negative_prompt else "",
-        concepts=(concept,),
+        concepts=(_random_concept(model),),
         height=2 * spec.size_multiple,
         width=3 * spec.size_multiple,
         seed=SEED,
@@ -156,11 +203,6 @@ def image_psnr_db(bundle: Bundle, sessions: dict[str, Session], model: Diffusion
         num_inference_steps=NUM_INFERENCE_STEPS,
         guidance_scale=GUIDANCE_SCALE,
     )
-    pipeline = Pipeline(bundle, sessions, limits=Limits())
-    images = pipeline.begin(pipeline.plan(request))
-    while not images[0].is_done:
-        pipeline.step(images)
-    return psnr_db(sound(pipeline.decode(images))[0] / 255.0, draw_with_diffusers(model, request))
 
 
 def draw_with_diffusers(
@@ -186,11 +228,11 @@ def draw_with_diffusers(
 def diffusers_pipeline(model: DiffusionModel) -> Any:
     """The family's pipeline of diffusers around a model.
 
-    Tokenizers and text encoders are copied: loading a concept there adds to both.
+    Tokenizers and the tables of text encoders are copied: loading a concept there adds to both.
     """
     options = dict(model.family.pipeline_options)
     for encoder in model.encoders:
-        text_encoder = copy.deepcopy(encoder.text_encoder)
+        text_encoder = _with_table_of_its_own(encoder.text_encoder)
         core: Any = getattr(text_encoder, "text_model", text_encoder)
         # Where a config has 2 here, transformers pools at the largest id: at a concept, not at EOS.
         core.eos_token_id = encoder.eos_token_id
@@ -206,6 +248,13 @@ def diffusers_pipeline(model: DiffusionModel) -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _with_table_of_its_own(text_encoder: Any) -> Any:
+    """A copy that shares all weights but the token embeddings."""
+    own = {id(weight) for weight in text_encoder.get_input_embeddings().parameters()}
+    shared = {id(weight): weight for weight in text_encoder.parameters() if id(weight) not in own}
+    return copy.deepcopy(text_encoder, shared)
 
 
 def load_concept(pipeline: Any, model: DiffusionModel, concept: Concept) -> None:

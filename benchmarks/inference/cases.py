@@ -13,8 +13,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.full_size import make_model
+from benchmarks.full_size_configs import FAMILIES
 from benchmarks.peers import MODEL
+from benchmarks.random_model import make_model
 from engine.bundle import MANIFEST, Manifest, read_manifest
 from engine.files import sha256_of_file
 from trainer.calibration import quantize_denoiser
@@ -156,7 +157,7 @@ def prepare(case: Case, cache: Path) -> Prepared:
     shared = cache / ("full-size" if case.is_full_size else "embedded")
     model = shared / "model" if case.is_full_size else MODEL
     if not (model / "model_index.json").exists():
-        make_model(model)
+        make_model(FAMILIES["sd15"], model)
     folder = shared / case.name
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "feeds.npz").exists():

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.export_setup import build, content
 from tests.tiny_model import make_tiny_model
-from trainer import export
+from trainer import component_build, export
 from trainer.onnx_graphs import ExportError, Graph, export_graph
 from trainer.parity import ParityError
 from trainer.staging import remove_abandoned, staged_folder
@@ -115,7 +115,7 @@ def test_a_graph_that_is_not_the_model_is_not_published(
             norm.weight.data *= 1.01
         return spec
 
-    monkeypatch.setattr(export, "export_graph", export_then_change)
+    monkeypatch.setattr(component_build, "export_graph", export_then_change)
     with pytest.raises(ParityError, match=r"text_encoder/prompt_embeds is off by 9\.\de-03"):
         build(tiny_model, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
