@@ -106,7 +106,7 @@ def test_a_system_that_cannot_be_had_is_missing_with_a_reason(
 
     monkeypatch.setattr(environments, "_run", refused)
     with pytest.raises(MissingSystem, match="no network"):
-        python_of("openvino", tmp_path)
+        python_of("optimum-onnx", tmp_path)
     assert python_of(None, tmp_path) == Path(sys.executable)
     assert set(versions_of(Path(sys.executable), ("numpy", "no-such-package"))) == {"numpy"}
 
@@ -140,7 +140,7 @@ def test_the_page_has_every_system_and_what_is_missing() -> None:
     results = {
         "embedded/OneWord int8": _entry(_measured(0.5, "int8 denoiser")),
         "embedded/diffusers eager": _entry(_measured(2.0)),
-        "embedded/OpenVINO": _entry({"missing": "pip says no", "gflop": 15.0}),
+        "embedded/OneWord openvino": _entry({"missing": "pip says no", "gflop": 15.0}),
         QUALITY: _entry(quality),
     }
     text = page(json.loads(json.dumps(results)), "figure.png")
@@ -148,7 +148,7 @@ def test_the_page_has_every_system_and_what_is_missing() -> None:
     assert "| **OneWord** | float32 | 100 | | 1 | 50 % | 100 | | 1 | 2.00x | |" in text
     assert "| OneWord int8 | int8 denoiser | 50.0 | 100 | 0.50 | 100 % " in text
     assert "| 4.00x | 58.9 dB |" in text
-    assert "- OpenVINO: not measured: pip says no" in text
+    assert "- OneWord openvino: not measured: pip says no" in text
     assert "median 38.0 dB" in text and "| object | 90 % of 80 | 90 % of 80 |" in text
     assert draw_figure(results).width == 900
 

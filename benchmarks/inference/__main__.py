@@ -1,10 +1,10 @@
-"""One image on this CPU: OneWord beside diffusers, torch.compile, optimum-onnx and OpenVINO.
+"""One image on this CPU: OneWord's backends beside diffusers, torch.compile and optimum-onnx.
 
 python -m benchmarks.inference [--cases embedded,256] [--systems NAMES] [--cache FOLDER] [--again]
 
 Same weights, same steps, same seed; a float32 system whose answers differ is not compared. Each
 system runs in a process of its own and is measured in turn with OneWord, which gives the ratio;
-optimum-onnx and OpenVINO run in environments that pip makes under the cache folder. A system that
+optimum-onnx runs in an environment that pip makes under the cache folder. A system that
 cannot be had is named with the reason. `--cases 512` is left out unless asked for. Random weights
 of Stable Diffusion 1.5's size take about 12 GB of memory and 25 GB of disk. What was measured with
 this code on this machine is not measured again, so that a benchmark that was stopped goes on.

@@ -20,8 +20,6 @@ from engine.bundle import MANIFEST, Manifest, read_manifest
 from engine.files import sha256_of_file
 from trainer.calibration import quantize_denoiser
 from trainer.export import build_bundle
-from trainer.model import load_model
-from trainer.onnx_graphs import export_graph, graphs_of
 
 PROMPT = "a red car on a meadow"
 SEED = 7
@@ -103,9 +101,7 @@ class Prepared:
         if not (path / MANIFEST).exists():
             building = path.with_name(f"{path.name}.building")
             shutil.rmtree(building, ignore_errors=True)
-            {"fp32": self._make_fp32, "int8": self._make_int8, "standard": self._make_standard}[
-                kind
-            ](building)
+            {"fp32": self._make_fp32, "int8": self._make_int8}[kind](building)
             building.rename(path)
         return path
 
@@ -119,15 +115,6 @@ class Prepared:
             return
         shutil.copytree(self.bundle("fp32"), path)
         quantize_denoiser(path, pixels=256, num_prompts=1)
-        renew_manifest(path)
-
-    def _make_standard(self, path: Path) -> None:
-        """Without ONNX Runtime's own operators, for other runtimes."""
-        shutil.copytree(self.bundle("fp32"), path)
-        for graph in graphs_of(load_model(self.model)):
-            for file in path.glob(f"{graph.name}.onnx*"):
-                file.unlink()
-            export_graph(graph, path, precision="fp32")
         renew_manifest(path)
 
     def model_for(self, environment: str | None) -> Path:

@@ -8,15 +8,6 @@ from pathlib import Path
 # optimum-onnx holds transformers below 4.58; the runtime wants none of that.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "optimum-onnx": ("optimum-onnx[onnxruntime]", "diffusers<1", "accelerate", "torch=="),
-    "openvino": (
-        "openvino",
-        "numpy",
-        "tokenizers",
-        "safetensors",
-        "pillow",
-        "jaxtyping",
-        "tqdm",
-    ),
 }
 
 

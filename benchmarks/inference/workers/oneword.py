@@ -1,7 +1,4 @@
-"""OneWord's runtime, or the same loop with OpenVINO in the place of ONNX Runtime.
-
-settings: bundle, backend ("onnxruntime" or "openvino"), precision of OpenVINO ("f32" or "bf16").
-"""
+"""OneWord's runtime. settings: bundle, backend ("cpu", "openvino" or "openvino-bf16")."""
 
 import sys
 from pathlib import Path
@@ -12,28 +9,10 @@ from worker import Array, gflops, read_settings, serve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from engine.backends.openvino_session import open_openvino_sessions
 from engine.bundle import Bundle
 from engine.pipeline import Pipeline, open_sessions, sound
 from engine.requests import GenerationRequest, Limits
-
-
-class OpenVinoSession:
-    """A graph in OpenVINO, compiled for latency, with dynamic shapes."""
-
-    def __init__(self, path: Path, precision: str) -> None:
-        import openvino  # pyright: ignore[reportMissingImports]
-
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
-        compiled: Any = openvino.Core().compile_model(str(path), "CPU", options)
-        self._request: Any = compiled.create_infer_request()
-        # A port may go by several names, of which `any_name` is any.
-        self._types = {n: p.element_type.to_dtype() for p in compiled.inputs for n in p.names}
-        self._outputs = [name for port in compiled.outputs for name in port.names]
-
-    def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        cast = {name: np.ascontiguousarray(a, self._types[name]) for name, a in feeds.items()}
-        self._request.infer(cast, share_inputs=True)
-        return {name: self._request.get_tensor(name).data.copy() for name in self._outputs}
 
 
 def onnxruntime_gflops(size: int = 2048, times: int = 5) -> float:
@@ -64,15 +43,12 @@ class OneWordSystem:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         bundle = Bundle.open(Path(settings["bundle"]))
-        if settings.get("backend") == "openvino":
-            sessions: dict[str, Any] = {
-                name: OpenVinoSession(bundle.path / spec.file, settings["precision"])
-                for name, spec in bundle.manifest.components.items()
-                if name != "vae_encoder"
-            }
-            sessions["vae_encoder"] = None
-        else:
-            sessions = open_sessions(bundle, "CPUExecutionProvider")
+        backend = settings.get("backend", "cpu")
+        sessions = (
+            open_openvino_sessions(bundle, "bf16" if backend == "openvino-bf16" else "f32")
+            if backend.startswith("openvino")
+            else open_sessions(bundle, "CPUExecutionProvider")
+        )
         self._denoiser = sessions["denoiser"]
         self._pipeline = Pipeline(bundle, sessions, limits=Limits())
 
