@@ -33,6 +33,7 @@ def test_a_report_of_costs_has_its_figures_and_its_picture_shows_them() -> None:
     calls = [(rows, 256) for rows in cost.ROWS] + [(1, pixels) for pixels in cost.PIXELS[1:]]
     results: dict[str, Any] = {
         "machine": MACHINE,
+        "rounds": 4,
         "calls": [
             {"rows": r, "pixels": p, "s": 1.1 * law(r, p), "fitted_s": law(r, p)} for r, p in calls
         ],
@@ -63,7 +64,7 @@ def test_a_report_of_many_words_compares_with_one_word_and_with_diffusers() -> N
         "table_rows": 1500,
     }
     text = many_words.report(
-        {"machine": MACHINE, "images": 1000, "levels": levels, "diffusers": peer}
+        {"machine": MACHINE, "images": 1000, "rounds": 2, "levels": levels, "diffusers": peer}
     )
     assert "| 1,000 | 18.00 | 0.900 | 0.30 | 400 |" in text
     assert "| 9.00 | 2.00 times as many |" in text and "| 6.00 | 3.00 times as many |" in text

@@ -106,7 +106,7 @@ class Prepared:
         return path
 
     def _make_fp32(self, path: Path) -> None:
-        build_bundle(self.model, path, precision="fp32", samplers=("ddim",), max_steps=20)
+        build_bundle(self.model, path, precision="fp32", samplers=("ddim",), max_steps=50)
 
     def _make_int8(self, path: Path) -> None:
         """Random weights have no quality that calibration could keep: one size for all, quickly."""
