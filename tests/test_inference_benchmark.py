@@ -46,6 +46,7 @@ def test_diffusers_does_the_same_work(prepared: Prepared) -> None:
     assert min(result["peak_gflops"]) > 0
 
 
+@pytest.mark.slow
 def test_a_float32_system_that_does_something_else_is_not_compared(prepared: Prepared) -> None:
     import dataclasses
 
@@ -88,6 +89,7 @@ def test_a_replaced_file_gets_its_hash(prepared: Prepared, tmp_path: Path) -> No
     Bundle.open(bundle)
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
     settings = {"feeds": str(tmp_path / "missing.npz"), "model": str(tmp_path), "exported": ""}
     settings["kind"] = "eager"
