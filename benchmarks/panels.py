@@ -64,10 +64,13 @@ def _draw_panel(draw: ImageDraw.ImageDraw, panel: Panel, left: int) -> None:
     across = Axis.over([*panel.x_ticks, *(x for curve in curves for x in curve.x)], left, right)
     up = Axis.over([0.0, *(y for curve in curves for y in curve.y)], BOTTOM, TOP)
     draw.text((left, TOP - 26), panel.title, _INK, _font(14))
+    free = float(left)  # where the next label may begin
     for tick, label in panel.x_ticks.items():
-        at = across.pixel(tick)
+        at, half = across.pixel(tick), draw.textlength(label, _font(12)) / 2
         draw.line((at, TOP, at, BOTTOM), _GRID)
-        draw.text((at, BOTTOM + 6), label, _PALE_INK, _font(12), anchor="ma")
+        if at - half >= free:
+            draw.text((at, BOTTOM + 6), label, _PALE_INK, _font(12), anchor="ma")
+            free = at + half + 4
     for tick in up.ticks():
         at = up.pixel(tick)
         draw.line((left, at, right, at), _GRID)
