@@ -27,8 +27,9 @@ class Session(Protocol):
 
 # Each session has threads of its own, which spin for a while when their work is done: those of the
 # denoiser took a core from the decoder. Bounded, an image of the embedded model took 216 ms instead
-# of 270 on two cores, and other threads were late less often (docs/cpu-backend.md).
-_SPIN_US = 200
+# of 270 on two cores, and other threads were late less often. Long enough for the pause between two
+# steps that a server asks of a model's process (docs/cpu-backend.md).
+_SPIN_US = 2000
 _ORT_DTYPES = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),

@@ -17,7 +17,7 @@ def session(emoji_bundle_path: Path) -> OnnxSession:
 def test_threads_stop_spinning_soon(session: OnnxSession) -> None:
     options = session._session.get_session_options()
     # The name is ONNX Runtime's.
-    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "200"
+    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "2000"
 
 
 @pytest.mark.parametrize(
