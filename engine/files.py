@@ -75,3 +75,12 @@ def sync_path(path: Path) -> None:
 def is_full(error: OSError) -> bool:
     """Whether a write failed because there is no room for it."""
     return error.errno in _FULL
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one under the same name; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino

@@ -254,9 +254,7 @@ class ImageModel:
         predictions = np.split(outputs["noise_pred"].astype(np.float32), np.cumsum(rows)[:-1])
         for image, prediction in zip(images, predictions, strict=True):
             whole = image.rows == len(image.weights)
-            _advance(
-                image, np.tensordot(image.weights, prediction, axes=1) if whole else prediction[0]
-            )
+            _advance(image, _guided(image.weights, prediction) if whole else prediction[0])
 
     def decode(self, images: Sequence[ImageInFlight]) -> list[RgbImage | NumericalError]:
         """Decode finished images of one size; what is not finite is an error for that image alone.
@@ -345,6 +343,20 @@ def _not_finite() -> NumericalError:
         "the model produced NaN or infinite values; use a bundle built with --precision fp32, a "
         "lower guidance_scale, or another concept"
     )
+
+
+def _guided(
+    weights: Float32[np.ndarray, " rows"],
+    prediction: Float32[np.ndarray, "rows channels height width"],
+) -> Latents:
+    """The sum of the weighted rows, from the left: rounded alike on every processor and device.
+
+    A product of matrices is rounded as its library likes.
+    """
+    guided = weights[0] * prediction[0]
+    for weight, row in zip(weights[1:], prediction[1:], strict=True):
+        guided += weight * row
+    return guided
 
 
 def _advance(image: ImageInFlight, noise_pred: Latents) -> None:

@@ -34,7 +34,7 @@ from engine.security.bundle_signatures import (
     sign_bundle,
 )
 from engine.security.signing import Ed25519PrivateKey, TrustedKeys, key_id
-from trainer.staging import locked_folder, remove_abandoned, staged_folder
+from engine.staging import locked_folder, remove_abandoned, staged_folder
 
 REQUIREMENTS = "requirements.txt"
 ARCHIVES = (".tar", ".zip")

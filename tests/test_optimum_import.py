@@ -202,14 +202,14 @@ def test_a_graph_that_computes_something_else_is_not_published(
 ) -> None:
     from trainer import optimum_graphs
 
-    save = optimum_graphs._save
+    save = optimum_graphs.save_graph
 
     def save_spoiled(model: onnx.ModelProto, path: Path) -> None:
         if path.name == "text_encoder.onnx":
             _other_weight(model)
         save(model, path)
 
-    monkeypatch.setattr(optimum_graphs, "_save", save_spoiled)
+    monkeypatch.setattr(optimum_graphs, "save_graph", save_spoiled)
     with pytest.raises(ImportRefused, match="text_encoder is off by .* nothing was published"):
         import_optimum(golden, tmp_path / "out", samplers=SAMPLERS_OF_TESTS, max_steps=STEPS)
     assert list(tmp_path.iterdir()) == []

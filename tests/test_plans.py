@@ -6,44 +6,17 @@ from types import ModuleType
 
 import pytest
 
-from engine.bundle import ComponentSpec, LatentSpec, Manifest, TensorSpec, TextSpec
+from engine.bundle import ComponentSpec, Manifest, TensorSpec
 from engine.errors import ConfigError, ProviderUnavailable
 from engine.plans.profiles import Bucket, Profile, buckets_of, choose_profile, profiles_of
 from engine.plans.targets import Target
 from engine.plans.tensorrt_module import import_tensorrt
+from tests.manifests import sd15_manifest
 
 
 @pytest.fixture
 def manifest() -> Manifest:
-    return Manifest(
-        format_version=1,
-        family="stable-diffusion",
-        model_name="sd",
-        precision="fp16",
-        prediction_type="epsilon",
-        scheduler_config={},
-        text=TextSpec(
-            max_tokens=77,
-            dim=768,
-            output_dim=768,
-            vocab_size=49408,
-            bos_token_id=49406,
-            eos_token_id=49407,
-            pad_token_id=49407,
-            embedding_fingerprint="",
-        ),
-        latents=LatentSpec(
-            channels=4,
-            scale_factor=8,
-            size_multiple=64,
-            default_size=512,
-            scaling_factor=0.18215,
-            shift_factor=0.0,
-        ),
-        components={},
-        files={},
-        build_key="key",
-    )
+    return sd15_manifest()
 
 
 # Targets

@@ -9,42 +9,12 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from benchmarks.full_size_configs import FAMILIES
-from engine.bundle import LatentSpec, Manifest, TextSpec
 from engine.families import NUM_TIME_IDS
 from engine.plans.compiler import Compilation, compile_plan
 from engine.plans.profiles import buckets_of, profiles_of
 from engine.plans.targets import CAPABILITIES, Target
+from tests.manifests import sd15_manifest
 from trainer.onnx_graphs import AddedInputsDenoiser, Denoiser, Graph, export_graph
-
-MANIFEST = Manifest(
-    format_version=1,
-    family="stable-diffusion",
-    model_name="sd",
-    precision="fp16",
-    prediction_type="epsilon",
-    scheduler_config={},
-    text=TextSpec(
-        max_tokens=77,
-        dim=768,
-        output_dim=768,
-        vocab_size=49408,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=49407,
-        embedding_fingerprint="",
-    ),
-    latents=LatentSpec(
-        channels=4,
-        scale_factor=8,
-        size_multiple=64,
-        default_size=512,
-        scaling_factor=0.18215,
-        shift_factor=0.0,
-    ),
-    components={},
-    files={},
-    build_key="key",
-)
 
 
 @pytest.mark.slow
@@ -57,9 +27,9 @@ def test_a_full_size_unet_compiles_for_sm75_to_sm121_without_a_gpu(
     config = FAMILIES[family].unet
     size = config["sample_size"]
     spec = export_graph(_denoiser(config), tmp_path, precision="fp16")
-    manifest = dataclasses.replace(
-        MANIFEST, latents=dataclasses.replace(MANIFEST.latents, default_size=8 * size)
-    )
+    usual = sd15_manifest()
+    latents = dataclasses.replace(usual.latents, default_size=8 * size)
+    manifest = dataclasses.replace(usual, latents=latents)
     wanted = Compilation(
         onnx_path=tmp_path / spec.file,
         target=Target(CAPABILITIES),

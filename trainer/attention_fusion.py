@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from trainer.onnx_surgery import remove_unused
+
 DOMAIN = "com.microsoft"
 _HEADS_FIRST = [0, 2, 1, 3]  # [batch, tokens, heads, dim] -> [batch, heads, tokens, dim]
 _TRANSPOSED_KEYS = [0, 2, 3, 1]
@@ -49,25 +51,10 @@ def fuse_attention(model: onnx.ModelProto) -> int:
         )
         attention.last.CopyFrom(fused)
     if found:
-        remove_dead_nodes(graph)
+        remove_unused(graph)
         if DOMAIN not in {opset.domain for opset in model.opset_import}:
             model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     return len(found)
-
-
-def remove_dead_nodes(graph: onnx.GraphProto) -> None:
-    """Drop nodes and weights that no output depends on."""
-    needed = {tensor.name for tensor in graph.output}
-    kept: list[onnx.NodeProto] = []
-    for node in reversed(graph.node):  # sorted by dependence, as ONNX demands
-        if needed.intersection(node.output):
-            kept.append(node)
-            needed.update(node.input)
-    kept.reverse()
-    weights = [tensor for tensor in graph.initializer if tensor.name in needed]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(kept)
-    graph.initializer.extend(weights)
 
 
 class _Links:

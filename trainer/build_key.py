@@ -31,6 +31,7 @@ SOURCES = (
     "trainer/ldm_pipeline.py",
     "trainer/model.py",
     "trainer/onnx_graphs.py",
+    "trainer/onnx_surgery.py",
     "trainer/parity.py",
     "trainer/previews.py",
     "trainer/quantization.py",

@@ -11,7 +11,7 @@ from engine.bundle import Bundle
 from engine.pipeline import Pipeline
 from engine.requests import GenerationRequest, Limits
 from engine.sessions import Array, Feeds, OnnxSession, Session
-from trainer.onnx_graphs import EXTERNAL_DATA_BYTES
+from trainer.onnx_surgery import save_graph
 from trainer.quantization import Layer, Ranges, quantize, quantized_layers
 
 PROMPTS = (
@@ -48,9 +48,7 @@ def quantize_denoiser(
     model = onnx.load(path)
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     quantize(model, quantized_layers(model.graph), ranges)
-    external = sum(len(t.raw_data) for t in model.graph.initializer) > EXTERNAL_DATA_BYTES
-    location = f"{path.name}.data" if external else None
-    onnx.save_model(model, path, save_as_external_data=external, location=location)
+    save_graph(model, path)
 
 
 def _write_recording_graph(path: Path, recording: Path) -> None:

@@ -26,10 +26,10 @@ from engine.plans.profiles import Bucket, buckets_of, profiles_of
 from engine.plans.targets import Target
 from engine.plans.tensorrt_module import MODULES, import_tensorrt
 from engine.samplers import read_sampler_tables
+from engine.staging import locked_folder, staged_folder
 from trainer.build_job import BuildJob
 from trainer.onnx_graphs import Graph, export_graph
 from trainer.sources import digest_of_sources
-from trainer.staging import locked_folder, staged_folder
 
 PRECISION = "fp16"  # of the graphs compiled; those that overflow in float16 are float32
 SOURCES = (

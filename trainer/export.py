@@ -29,6 +29,7 @@ from engine.errors import BundleError
 from engine.files import sha256_of_file
 from engine.plans.targets import Target
 from engine.samplers import MAX_INFERENCE_STEPS
+from engine.staging import remove_abandoned, staged_folder
 from trainer.build_job import BuildJob, Precision, Progress
 from trainer.build_key import build_key, package_versions
 from trainer.compile_plans import PlanOptions, compile_target, resolve_targets
@@ -36,6 +37,7 @@ from trainer.component_build import BuiltComponent, build_component, quantize_co
 from trainer.component_memory import Residence
 from trainer.model import DiffusionModel, load_model
 from trainer.onnx_graphs import ExportError, graphs_of, size_multiple
+from trainer.output_folder import is_built, obstacle
 from trainer.parity import (
     MAX_RELATIVE_ERROR,
     MIN_PSNR_DB,
@@ -47,7 +49,6 @@ from trainer.previews import fit_latent_rgb
 from trainer.sampler_tables import SAMPLERS as ALL_SAMPLERS
 from trainer.sampler_tables import build_sampler_tables, samplers_key
 from trainer.splicing import plain_tokenizer, text_spec
-from trainer.staging import remove_abandoned, staged_folder
 
 PARITY = "parity.json"
 READING = "read the model"
@@ -93,7 +94,8 @@ def build_bundle(
     parsed = resolve_targets([Target.parse(target) for target in targets])
     output = output.resolve()  # a link is followed, and `.` has a name
     remove_abandoned(output)
-    check_output(output)
+    if reason := obstacle(output):
+        raise ExportError(reason)
     residence = Residence(parked_bytes=parked_bytes)
     progress = progress or (lambda stage, done, total: None)
     progress(READING, 0, 1)
@@ -108,7 +110,7 @@ def build_bundle(
     )
     progress(READING, 1, 1)
     parity = None
-    if not _is_current(job):
+    if not is_built(job.output, job.build_key):
         with staged_folder(output) as folder:
             parity = _build(job, folder)
     manifest = read_manifest(output)
@@ -121,15 +123,6 @@ def build_bundle(
         compiled=tuple(map(str, compiled)),
         seconds=job.seconds,
     )
-
-
-def check_output(output: Path) -> None:
-    """Refuse to put a bundle where something else is."""
-    if not output.exists() or (output / MANIFEST).is_file():
-        return
-    if not output.is_dir() or any(output.iterdir()):
-        kind = "a folder that is not a bundle" if output.is_dir() else "a file"
-        raise ExportError(f"{output} is {kind}; it is not overwritten: choose another --output")
 
 
 def _prepare(
@@ -168,14 +161,6 @@ def _prepare(
         progress=progress,
         residence=residence,
     )
-
-
-def _is_current(job: BuildJob) -> bool:
-    """Whether a sound bundle of the same build stands at the output."""
-    try:
-        return Bundle.open(job.output).manifest.build_key == job.build_key
-    except BundleError:
-        return False
 
 
 def _build(job: BuildJob, folder: Path) -> Parity:

@@ -162,7 +162,7 @@ def load_model(
     index = _load_config(DiffusionPipeline, source, revision)
     family = _check_index(source, index)
     _check_unet(source, revision, family)
-    scheduler_config = _scheduler_config(
+    scheduler_config = read_scheduler_config(
         source, revision, _class_name(index, "scheduler"), corrected=family.corrects_scheduler
     )
 
@@ -310,7 +310,7 @@ def _check_unet(source: str, revision: str | None, family: Family) -> None:
         )
 
 
-def _scheduler_config(
+def read_scheduler_config(
     source: str, revision: str | None, class_name: str | None, *, corrected: bool
 ) -> dict[str, Any]:
     """`pipe.scheduler.config` of the family's pipeline: complete, and corrected if that does so.

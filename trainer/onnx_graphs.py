@@ -22,10 +22,9 @@ from engine.errors import OneWordError
 from engine.families import NUM_TIME_IDS
 from trainer.attention_fusion import fuse_attention
 from trainer.model import DiffusionModel, Encoder
+from trainer.onnx_surgery import EXTERNAL_DATA_BYTES
 from trainer.weightless import Weight, trace_without_weights, write_with_weights
 
-# Far below protobuf's limit of 2 GB: loading a large protobuf costs its size in memory once more.
-EXTERNAL_DATA_BYTES = 512 << 20
 Axes = tuple[int | str, ...]  # a string names a dynamic axis
 
 

@@ -5,6 +5,7 @@ is changed in place; what its outputs no longer need is removed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +15,8 @@ from engine.errors import OneWordError
 
 Axes = Sequence[int | str]  # a string names a dynamic axis
 
+# Far below protobuf's limit of 2 GB: loading a large protobuf costs its size in memory once more.
+EXTERNAL_DATA_BYTES = 512 << 20
 _WRAPPERS = ("Unsqueeze", "Reshape", "Squeeze", "Cast", "Identity")
 
 
@@ -203,15 +206,23 @@ def set_interface(
             for name, (kind, axes) in wanted.items()
         )
     del graph.value_info[:]  # of before: shapes and types may have changed
-    _remove_unused(graph, outputs)
+    remove_unused(graph)
     try:
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except Exception as error:  # onnx raises classes of its own, with no common one
         raise SurgeryError(f"the changed graph is not sound: {error}") from error
 
 
-def _remove_unused(graph: onnx.GraphProto, outputs: Iterable[str]) -> None:
-    needed = set(outputs)
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model, with its weights in `NAME.onnx.data` beside it if they are large."""
+    external = sum(len(t.raw_data) for t in model.graph.initializer) > EXTERNAL_DATA_BYTES
+    location = f"{path.name}.data" if external else None
+    onnx.save_model(model, path, save_as_external_data=external, location=location)
+
+
+def remove_unused(graph: onnx.GraphProto) -> None:
+    """Drop nodes and weights that no output depends on."""
+    needed = {tensor.name for tensor in graph.output}
     kept: list[onnx.NodeProto] = []
     for node in reversed(graph.node):
         if needed.intersection(node.output):

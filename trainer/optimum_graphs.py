@@ -19,6 +19,7 @@ from trainer.onnx_surgery import (
     interface,
     make_timestep_a_row,
     rename_tensor,
+    save_graph,
     scale_input,
     set_interface,
     split_posterior,
@@ -26,8 +27,6 @@ from trainer.onnx_surgery import (
 )
 from trainer.optimum_folder import GRAPHS, ImportRefused, OptimumFolder
 
-# Far below protobuf's limit of 2 GB, as for graphs of our own.
-EXTERNAL_DATA_BYTES = 512 << 20
 # The same float32 operations in the same runtime: only fusions differ. A timestep that is off by
 # one, or a word in a wrong place, gives 1e-2 and more.
 MAX_RELATIVE_ERROR = 1e-5
@@ -56,8 +55,9 @@ def change_graph(source: OptimumFolder, component: str, folder: Path) -> Changed
         sides = change[component](source, model)
     set_interface(model, *sides)
     path = folder / f"{component}.onnx"
-    _save(model, path)
-    spec = ComponentSpec(file=path.name, inputs=_specs(sides[0]), outputs=_specs(sides[1]))
+    save_graph(model, path)
+    inputs, outputs = map(_specs, sides)
+    spec = ComponentSpec(file=path.name, inputs=inputs, outputs=outputs, precision="fp32")
     return ChangedGraph(spec=spec, table=table)
 
 
@@ -169,16 +169,6 @@ def _vae_encoder(source: OptimumFolder, model: onnx.ModelProto) -> tuple[Interfa
     )
 
 
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    external = sum(len(t.raw_data) for t in model.graph.initializer) > EXTERNAL_DATA_BYTES
-    onnx.save_model(
-        model,
-        path,
-        save_as_external_data=external,
-        location=f"{path.name}.data" if external else None,
-    )
-
-
 def _specs(side: Interface) -> list[TensorSpec]:
     names: dict[int, str] = {FLOAT: "float32", INT64: "int64"}
     return [
@@ -214,7 +204,7 @@ def _reference(source: OptimumFolder, component: str, folder: Path) -> Generator
         model = source.load_graph(component)
         take_scalar_as_vector(model, "timestep")
         path = Path(scratch) / "model.onnx"
-        _save(model, path)
+        save_graph(model, path)
         yield path
 
 

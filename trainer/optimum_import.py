@@ -38,10 +38,11 @@ from engine.files import sha256_of_file
 from engine.fingerprint import embedding_fingerprint
 from engine.samplers import MAX_INFERENCE_STEPS
 from engine.sessions import OnnxSession
+from engine.staging import remove_abandoned, staged_folder
 from trainer.optimum_folder import ImportRefused, OptimumFolder, read_optimum_folder
 from trainer.optimum_graphs import COMPONENTS, MAX_RELATIVE_ERROR, change_graph, measure
+from trainer.output_folder import is_built, obstacle
 from trainer.sources import digest_of_sources
-from trainer.staging import remove_abandoned, staged_folder
 
 PARITY = "parity.json"
 _SOURCES = (
@@ -85,11 +86,12 @@ def import_optimum(
     output = output.resolve()
     remove_abandoned(output)
     folder = read_optimum_folder(source)
-    _check_output(output)
+    if reason := obstacle(output):
+        raise ImportRefused(reason)
     if samplers_from is not None:
         _check_samplers(folder, read_manifest(samplers_from))
     key = _build_key(folder, samplers, max_steps)
-    if _is_current(output, key):
+    if is_built(output, key):
         return ImportReport(path=output, manifest=read_manifest(output), errors={})
     with staged_folder(output) as staging:
         components, text = _write_graphs(folder, staging)
@@ -121,14 +123,6 @@ def import_optimum(
     return ImportReport(path=output, manifest=manifest, errors=errors)
 
 
-def _check_output(output: Path) -> None:
-    if not output.exists() or (output / MANIFEST).is_file():
-        return
-    if not output.is_dir() or any(output.iterdir()):
-        kind = "a folder that is not a bundle" if output.is_dir() else "a file"
-        raise ImportRefused(f"{output} is {kind}; it is not overwritten: choose another --output")
-
-
 def _build_key(folder: OptimumFolder, samplers: Sequence[str] | None, max_steps: int) -> str:
     described = {
         "sources": digest_of_sources(_SOURCES),
@@ -139,13 +133,6 @@ def _build_key(folder: OptimumFolder, samplers: Sequence[str] | None, max_steps:
         "max_steps": max_steps,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _is_current(output: Path, key: str) -> bool:
-    try:
-        return Bundle.open(output).manifest.build_key == key
-    except BundleError:
-        return False
 
 
 def _write_graphs(
@@ -247,14 +234,14 @@ def _write_samplers(
             raise BundleError(f"{samplers_from / SAMPLERS} is corrupted; build that bundle again")
         return manifest.scheduler_config
     try:
-        from trainer.model import _scheduler_config
+        from trainer.model import read_scheduler_config
         from trainer.sampler_tables import build_sampler_tables
     except ImportError as error:
         raise ImportRefused(
             f"{error}; sampler tables are read off diffusers' schedulers: install oneword[train], "
             "or take them from a bundle of the same schedule with --samplers-from BUNDLE"
         ) from error
-    config = _scheduler_config(str(folder.path), None, folder.scheduler_class, corrected=True)
+    config = read_scheduler_config(str(folder.path), None, folder.scheduler_class, corrected=True)
     build_sampler_tables(config, staging / SAMPLERS, names=samplers, max_steps=max_steps)
     return config
 

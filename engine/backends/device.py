@@ -1,7 +1,7 @@
 """What the rest of this package needs of a device: memory, order, and graphs bound to addresses.
 
 Everything enqueued happens in the order in which it was enqueued. Implementations: CUDA's runtime
-(`cuda_device`), ONNX Runtime's own memory (`ort_device`), and in the tests the host's.
+(`cuda_device`), and in the tests the host's memory.
 """
 
 import math

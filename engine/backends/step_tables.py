@@ -18,9 +18,7 @@ class SlotStep:
 
     slot: int
     weights: Sequence[float]  # of its rows in this call
-    first_row: int = (
-        0  # of the rows that the slot keeps; it takes part with this one and those after
-    )
+    first_row: int = 0  # of those that the slot keeps: this one and those after it take part
     row: StepCoefficients
     noise: Latents | None  # where the row is stochastic
 

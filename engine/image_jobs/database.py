@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import ConfigError, StorageFull, StoreError
-from engine.files import sync_path
+from engine.files import file_identity, sync_path
 
 FILE = "jobs.sqlite3"
 SCHEMA_VERSION = 1
@@ -57,7 +57,7 @@ class JobDatabase:
             sync_path(folder)
             # SQLite reads what was committed last from the second.
             files = [folder / f"{FILE}{suffix}" for suffix in ("", "-wal")]
-            self._identities = {file: _identity(file) for file in files}
+            self._identities = {file: file_identity(file) for file in files}
 
     def close(self) -> None:
         with self._lock:
@@ -89,20 +89,11 @@ class JobDatabase:
 
     def _check_in_place(self) -> None:
         # SQLite goes on writing to a file that was deleted: all of it would be lost at the end.
-        if any(was and _identity(file) != was for file, was in self._identities.items()):
+        if any(was and file_identity(file) != was for file, was in self._identities.items()):
             raise StoreError(
                 "the database of the jobs was removed or replaced while it was in use; put it back "
                 "or start the server again"
             )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from another one under the same name; None where there is none."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from engine.errors import ConfigError, StoreError
+from engine.files import file_identity
 
 INDEX = "concepts.sqlite3"
 # What SQLite opens by itself: the database, its log and the log's index.
@@ -34,12 +35,12 @@ class SqliteDialect:
             self.check_in_place()
         connection = self._opened()
         if self._identity is None:
-            self._identity = _identity(self._path)
+            self._identity = file_identity(self._path)
         return connection
 
     def check_in_place(self) -> None:
         # SQLite goes on writing to an index that was deleted: all of it would be lost at the end.
-        if _identity(self._path) != self._identity:
+        if file_identity(self._path) != self._identity:
             raise StoreError(
                 "the folder of the concept store was removed or replaced while it was in use; "
                 "start the server again"
@@ -149,15 +150,6 @@ def refuse_links(path: Path) -> None:
                     f"{path}{suffix} is a link or not a file at all; the index of a concept store "
                     "must be a file of its own: copy it in its place, or name another folder"
                 )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from another one under the same name; None where there is none."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _is_at_rest(path: Path) -> bool:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.staging import staged_folder
 from models.recipe.archives import unpack
 from models.recipe.courses import read_checkpoint
 from models.recipe.errors import RecipeError
 from models.recipe.stages import Recipe
 from trainer.messages import first_line
-from trainer.staging import staged_folder
 
 PART_BYTES = 15 << 20
 MAX_PARTS = 4  # 60 MiB in all, beside the list of the parts

@@ -18,6 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from engine.staging import staged_folder
 from models.recipe import icons
 from models.recipe.autoencoder import normalized, train_autoencoder
 from models.recipe.compositions import Composer
@@ -30,7 +31,6 @@ from models.recipe.pictures import composed_batches, to_tensor
 from models.recipe.settings import Setting
 from models.recipe.tokens import new_tokenizer
 from trainer.messages import first_line
-from trainer.staging import staged_folder
 
 # Above every index that a training of any setting reaches: pictures that no training has seen.
 HELD_OUT_INDEX = 1 << 30

@@ -6,7 +6,7 @@ the CUDA backend, and the numbers are the pipeline's own.
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import pytest
 
 from engine.backends.device_model import MAX_SHAPES, DeviceImageModel
 from engine.backends.opening import ort_programs
+from engine.backends.ort_program import OrtProgram
 from engine.backends.slots import FIRST_CAPACITY
 from engine.batching.batcher import Batcher, generate
 from engine.batching.config import BatcherConfig
 from engine.batching.cost_measurement import measure_costs, measuring_plan
 from engine.bundle import Bundle
-from engine.errors import NumericalError
+from engine.errors import InvalidRequest, NumericalError
 from engine.pipeline import ImageInFlight, ImageModel, Pipeline
 from engine.requests import GenerationRequest
 from engine.serving.deployment import try_out
@@ -219,6 +220,25 @@ def test_memory_of_shapes_that_nobody_draws_is_given_back(
         finish(model, images)
         model.decode(images)
     assert len(model._slots) <= MAX_SHAPES
+
+
+def test_a_bundle_whose_plans_take_one_size_is_tried_out_at_that(
+    pipeline: Pipeline, model: DeviceImageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--bucket 512` alone: half of it is refused, and would have kept the bundle from service."""
+    spec = pipeline.bundle.manifest.latents
+    latent_side, drawn = spec.default_size // spec.scale_factor, list[tuple[int, ...]]()
+
+    def takes(_: OrtProgram, shapes: Mapping[str, Sequence[int]]) -> bool:
+        drawn.append(tuple(shapes["latents"][2:]))
+        return drawn[-1] == (latent_side, latent_side)
+
+    monkeypatch.setattr(OrtProgram, "takes", takes)
+    try_out(pipeline, model)
+    assert drawn[0] == (latent_side // 2, latent_side // 2) and len(set(drawn)) == 2
+    monkeypatch.setattr(OrtProgram, "takes", lambda *_: False)
+    with pytest.raises(InvalidRequest, match="ONNX Runtime takes every size"):
+        try_out(pipeline, model)
 
 
 def test_the_batcher_serves_it_like_any_model(pipeline: Pipeline, model: DeviceImageModel) -> None:

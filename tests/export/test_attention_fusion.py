@@ -10,10 +10,11 @@ from onnx import numpy_helper
 
 from engine.sessions import OnnxSession
 from tests.export_setup import build
-from trainer.attention_fusion import DOMAIN, fuse_attention, remove_dead_nodes
+from trainer.attention_fusion import DOMAIN, fuse_attention
 from trainer.export import BuildReport
 from trainer.model import load_model
 from trainer.onnx_graphs import Graph, export_graph, graphs_of
+from trainer.onnx_surgery import remove_unused
 from trainer.parity import component_errors
 
 
@@ -81,6 +82,6 @@ def test_dead_nodes_go_with_their_weights() -> None:
         onnx.helper.make_node("Add", ["x", "used"], ["y"]),
     ]
     graph = onnx.helper.make_graph(nodes, "g", tensors[:1], tensors[1:], weights)
-    remove_dead_nodes(graph)
+    remove_unused(graph)
     assert [node.op_type for node in graph.node] == ["Add"]
     assert [tensor.name for tensor in graph.initializer] == ["used"]

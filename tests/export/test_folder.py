@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from torch import nn
 
+from engine.staging import remove_abandoned, staged_folder
 from tests.export_setup import build, content
 from tests.tiny_model import make_tiny_model
 from trainer import component_build, export
 from trainer.onnx_graphs import ExportError, Graph, export_graph
 from trainer.parity import ParityError
-from trainer.staging import remove_abandoned, staged_folder
 
 
 @pytest.fixture
