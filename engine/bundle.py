@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 
 from engine.errors import BundleError
 from engine.files import sha256_of_file
+from engine.prepared_graphs import PreparedGraphs
 from engine.samplers import SamplerTable, read_sampler_tables
-from engine.sessions import OnnxSession
+from engine.sessions import CPU_PROVIDER, OnnxSession
 
 FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
@@ -215,12 +216,26 @@ class Bundle:
         bundle._verify_shapes()
         return bundle
 
+    def sources(self, component: str) -> list[str]:
+        """What a graph is: the SHA-256 of its file, then of its weights' where they are apart."""
+        file, files = self.manifest.components[component].file, self.manifest.files
+        return [files[name] for name in (file, f"{file}.data") if name in files]
+
     def open_session(
-        self, component: str, *, execution_provider: str = "CPUExecutionProvider"
+        self,
+        component: str,
+        *,
+        execution_provider: str = CPU_PROVIDER,
+        prepared: PreparedGraphs | None = None,
     ) -> OnnxSession:
-        """Load one graph and check its inputs against the manifest."""
+        """Load one graph, from those that were prepared if it is there, and check its inputs."""
         spec = self.manifest.components[component]
-        session = OnnxSession(self.path / spec.file, execution_provider=execution_provider)
+        ready = prepared.find(self.sources(component)) if prepared else None
+        session = OnnxSession(
+            ready or self.path / spec.file,
+            execution_provider=execution_provider,
+            is_prepared=ready is not None,
+        )
         expected = {tensor.name: tensor.shape for tensor in spec.inputs}
         if session.input_shapes != expected:
             raise BundleError(

@@ -21,10 +21,11 @@ from engine.guidance import GuidedCalls
 from engine.images import to_float, to_uint8
 from engine.noise import TorchGenerator
 from engine.planner import DenoisingTask, GenerationPlan, Planner, TextRows
+from engine.prepared_graphs import usual_graphs
 from engine.prompts import apply_weights
 from engine.requests import Limits, RgbImage
 from engine.samplers import Latents, StepCoefficients, Trajectory, predict_clean, step
-from engine.sessions import Session
+from engine.sessions import CPU_PROVIDER, Session
 
 PROMPT_CACHE_BYTES = 64 << 20
 PromptEmbeds = Float32[np.ndarray, "tokens dim"]
@@ -304,7 +305,7 @@ class Pipeline(Planner, ImageModel):
         cls,
         bundle_path: Path,
         *,
-        execution_provider: str = "CPUExecutionProvider",
+        execution_provider: str = CPU_PROVIDER,
         limits: Limits | None = None,
     ) -> "Pipeline":
         """Verify a bundle and load its graphs, once and for all concepts."""
@@ -313,9 +314,10 @@ class Pipeline(Planner, ImageModel):
 
 
 def open_sessions(bundle: Bundle, execution_provider: str) -> dict[str, Session]:
-    """Load every graph of a bundle."""
+    """Load every graph of a bundle, as this processor wants it where it was prepared."""
+    prepared = usual_graphs() if execution_provider == CPU_PROVIDER else None
     return {
-        name: bundle.open_session(name, execution_provider=execution_provider)
+        name: bundle.open_session(name, execution_provider=execution_provider, prepared=prepared)
         for name in bundle.manifest.components
     }
 

@@ -25,11 +25,14 @@ class Session(Protocol):
         ...
 
 
+CPU_PROVIDER = "CPUExecutionProvider"
+
 # Each session has threads of its own, which spin for a while when their work is done: those of the
 # denoiser took a core from the decoder. Bounded, an image of the embedded model took 216 ms instead
 # of 270 on two cores, and other threads were late less often. Long enough for the pause between two
 # steps that a server asks of a model's process (docs/cpu-backend.md).
 _SPIN_US = 2000
+_MAPPED_BYTES = 1024  # weights of a prepared graph that are smaller are part of its protobuf
 _ORT_DTYPES = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -76,9 +79,16 @@ class OnnxSession:
         self,
         model_path: Path,
         *,
-        execution_provider: str = "CPUExecutionProvider",
+        execution_provider: str = CPU_PROVIDER,
         num_threads: int | None = None,
+        is_prepared: bool = False,
+        prepared: Path | None = None,
     ) -> None:
+        """Load a graph: as it is, or one that a session has prepared.
+
+        With `prepared` this session prepares it: it writes the graph there as it runs it, and its
+        weights, packed, beside that (`NAME.data`), to be loaded with `is_prepared`.
+        """
         ort = import_onnxruntime()
         available = ort.get_available_providers()
         if execution_provider not in available:
@@ -92,6 +102,12 @@ class OnnxSession:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
         if sums_overflow():
             options.add_session_config_entry("session.x64quantprecision", "1")
+        if is_prepared:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if prepared is not None:
+            options.optimized_model_filepath = str(prepared)
+            for name, value in _preparing(prepared).items():
+                options.add_session_config_entry(f"session.{name}", value)
         try:
             self._session = ort.InferenceSession(
                 str(model_path), options, providers=[execution_provider]
@@ -117,6 +133,14 @@ class OnnxSession:
         }
         outputs = self._session.run(self._outputs, inputs)
         return {n: np.asarray(o) for n, o in zip(self._outputs, outputs, strict=True)}
+
+
+def _preparing(graph: Path) -> dict[str, str]:
+    return {
+        "save_external_prepacked_constant_initializers": "1",
+        "optimized_model_external_initializers_file_name": f"{graph.name}.data",
+        "optimized_model_external_initializers_min_size_in_bytes": str(_MAPPED_BYTES),
+    }
 
 
 def sums_overflow(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -32,6 +32,7 @@ COMMANDS = {
     "concepts": ("oneword.concepts", "import, list, show, export, alias, delete learned words"),
     "tokens": ("oneword.tokens", "say who may call a server: create, list and revoke tokens"),
     "pack": ("oneword.pack", "pack a bundle and its words for a device, signed and checked"),
+    "prepare": ("oneword.prepare", "make a bundle load in a fraction of the time on this machine"),
     "keys": ("oneword.keys", "make keys that sign bundles, sign and verify"),
     "doctor": ("oneword.doctor", "say what of this machine works, and what would mend the rest"),
     "demo": ("oneword.demo", "teach the embedded model a word, serve it, draw a contact sheet"),

@@ -2,6 +2,7 @@
 
 from engine.errors import ConfigError
 from engine.plans.tensorrt_module import Kind
+from engine.sessions import CPU_PROVIDER
 
 CPU = "cpu"
 CUDA, CUDA_GRAPHS = "cuda", "cuda-graphs"  # ONNX Runtime; the latter replays recorded calls
@@ -14,7 +15,7 @@ _PROVIDER = "ExecutionProvider"  # how ONNX Runtime's names end
 def plain_provider(backend: str) -> str | None:
     """The execution provider of a backend that keeps everything in the host's memory."""
     if backend == CPU:
-        return "CPUExecutionProvider"
+        return CPU_PROVIDER
     return backend if backend.endswith(_PROVIDER) else None
 
 
