@@ -229,10 +229,10 @@ class ImageModel:
         outputs = self._vae_encoder.run({"images": image})
         return outputs["mean"][0].astype(np.float32), outputs["std"][0].astype(np.float32)
 
-    def step(self, images: Sequence[ImageInFlight]) -> None:
+    def step(self, images: Sequence[ImageInFlight], *, again: bool = False) -> None:
         """Advance images by one row each, in one denoiser call; all have the same `shape_key`.
 
-        An image is the same, to rounding, whatever shares its call.
+        An image is the same, to rounding, whatever shares its call. Nothing is begun unasked.
         """
         rows = np.array([image.rows for image in images])
         outputs = self._denoiser.run(
@@ -274,6 +274,9 @@ class ImageModel:
 
     def release(self, images: Sequence[ImageInFlight]) -> None:
         """Images that leave early hold nothing but their own memory: nothing to do."""
+
+    def hold(self) -> None:
+        """Nothing is begun unasked in this process."""
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Whether calls can succeed: always, in this process."""

@@ -72,6 +72,26 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+class _Threads:
+    """Of this process: ONNX Runtime makes them once."""
+
+    are_shared = False
+
+
+_threads = _Threads()
+
+
+def share_threads() -> None:
+    """Let all sessions of this process compute on one set of threads, one for each core.
+
+    For who owns the process, before its first session: other users of ONNX Runtime in it would be
+    bound to the same. Where one session follows the other, none waits for the other's threads to
+    stop spinning (docs/cpu-backend.md).
+    """
+    import_onnxruntime().set_global_thread_pool_sizes(usable_cores(), 1)
+    _threads.are_shared = True
+
+
 class OnnxSession:
     """An ONNX Runtime session on exactly the execution provider that was asked for."""
 
@@ -96,10 +116,13 @@ class OnnxSession:
                 f"asked for {execution_provider}, this ONNX Runtime has {', '.join(available)}"
             )
         options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads or usable_cores()
-        options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+        if _threads.are_shared and num_threads is None:
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = num_threads or usable_cores()
+            options.inter_op_num_threads = 1
+            options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
         if sums_overflow():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if is_prepared:

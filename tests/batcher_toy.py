@@ -90,6 +90,8 @@ class ToyModel:
         self.live: set[ToyImage] = set()
         self.calls: list[list[int]] = []  # seeds in each denoiser call
         self.log: list[str] = []  # what was called, in order
+        self.again: list[bool] = []  # whether each denoiser call was said to come again
+        self.num_holds = 0
         self.begin_ms = 0.0
         self.life = 0  # workers so far
         self.deadly_seeds: set[int] = set()  # a step of these kills the worker
@@ -115,8 +117,12 @@ class ToyModel:
         self.live.update(images)
         return images
 
-    def step(self, images: Sequence[ToyImage]) -> None:
+    def hold(self) -> None:
+        self.num_holds += 1
+
+    def step(self, images: Sequence[ToyImage], *, again: bool = False) -> None:
         self._enter("step", images)
+        self.again.append(again)
         assert len({image.shape_key for image in images}) == 1
         assert not any(image.is_done for image in images)
         self.calls.append([image.seed for image in images])

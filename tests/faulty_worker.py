@@ -1,7 +1,8 @@
 """The process of a model, with faults that a test orders: files in the folder `FAULTS` names.
 
 A file COMPONENT.FAULT makes the next call of that graph fail, and is gone then: `kill` (SIGKILL in
-mid-call), `raise`, `hold` (until the process is killed), `nan` (in the row that the file names).
+mid-call), `raise` (where the file says `next`, the call after that), `hold` (until the process is
+killed), `nan` (in the row that the file names).
 `load.exit` makes every start fail; what `load.say` holds is printed at the start.
 """
 
@@ -39,8 +40,10 @@ class FaultySession:
         if self._ordered("hold") is not None:
             (self._faults / f"{self._name}.held").touch()
             threading.Event().wait()
-        if self._ordered("raise") is not None:
-            raise RuntimeError("device lost")
+        if (when := self._ordered("raise")) is not None:
+            if when != "next":
+                raise RuntimeError("device lost")
+            (self._faults / f"{self._name}.raise").touch()
         row = self._ordered("nan")
         outputs = self._session.run(feeds)
         if row is not None:

@@ -66,7 +66,10 @@ class FakeModel:
             latents=np.full((1, plan.height, plan.width), seed, np.float32),
         )
 
-    def step(self, images: Sequence[ImageInFlight]) -> None:
+    def hold(self) -> None:
+        pass
+
+    def step(self, images: Sequence[ImageInFlight], *, again: bool = False) -> None:
         assert len({image.shape_key for image in images}) == 1
         self.calls.append([image.seed for image in images])
         self.in_step.set()

@@ -2,7 +2,10 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,18 @@ import pytest
 from engine.bundle import Bundle
 from engine.concepts import Concept
 from engine.errors import BundleError, NumericalError, ProviderUnavailable
-from engine.pipeline import Pipeline
-from engine.requests import GenerationRequest
-from engine.worker.process import WorkerCommand
+from engine.pipeline import ImageInFlight, ImageModel, Pipeline, open_sessions
+from engine.planner import Planner
+from engine.requests import GenerationRequest, Limits
+from engine.worker import model_worker
+from engine.worker.process import RING, WorkerCommand
 from engine.worker.remote_model import RemoteModel, open_remote
 from engine.worker.supervisor import WorkerConfig
-from engine.worker.wire import Message, WireError
+from engine.worker.task_wire import task_to_message
+from engine.worker.wire import Message, WireError, receive, send
 from tests import faulty_worker
 from tests.worker_harness import (
+    WAIT_S,
     draw,
     draw_staggered,
     faulty_model,
@@ -99,6 +106,104 @@ def test_a_handle_says_what_the_image_says(pipeline: Pipeline, model: RemoteMode
         pipeline.step(here)
         model.step(there)
     model.release(there)
+
+
+# Steps that are begun unasked
+
+
+def test_who_comes_and_goes_gets_the_same_image(pipeline: Pipeline, model: RemoteModel) -> None:
+    """Whatever was begun unasked, and whoever joins or leaves after that."""
+    plans = [pipeline.plan(request(seed=seed, num_inference_steps=6)) for seed in (1, 2, 3)]
+    (first,), (second,), (third,) = (model.begin(plan) for plan in plans)
+    for _ in range(3):
+        model.step([first], again=True)
+    model.step([first, second], again=True)  # the first is ready, the second is not
+    model.step([second], again=True)
+    model.step([third, first, second], again=False)
+    model.release([third])
+    for image in (second, first):
+        while not image.is_done:
+            model.step([image], again=image.steps_done < 5)
+    alone = [pipeline.plan(request(seed=seed, num_inference_steps=6)) for seed in (1, 2)]
+    for image, plan in zip((first, second), alone, strict=True):
+        (picture,), (expected,) = model.decode([image]), draw(pipeline, plan)
+        assert isinstance(picture, np.ndarray) and isinstance(expected, np.ndarray)
+        # Another batch size sums in another order: at most one step of 255.
+        assert np.abs(picture.astype(int) - expected.astype(int)).max() <= 1
+    assert model.count() == 0
+
+
+def test_the_process_goes_on_by_itself(
+    pipeline: Pipeline, model: RemoteModel, faults: Path
+) -> None:
+    """A fault is ordered for the next call, once the process has answered and has nothing to do."""
+    plan, order = pipeline.plan(request(num_inference_steps=5)), faults / "denoiser.raise"
+    images = model.begin(plan)
+    model.step(images, again=True)
+    model.count()  # answered when what was begun is done
+    order.touch()
+    assert model.step(images) > 0.0
+    assert order.exists(), "no call was made: the step was ready"
+    with pytest.raises(RuntimeError, match="device lost"):
+        model.step(images)
+    while not images[0].is_done:
+        model.step(images)
+    assert same(model.decode(images), draw(pipeline, plan))
+
+
+@pytest.mark.parametrize("rings", [0, 1, 100_000])
+def test_a_process_that_is_told_to_hold_waits(emoji_bundle_path: Path, rings: int) -> None:
+    """Told in the middle of a call, as when somebody comes or goes; and more than it can hear."""
+    in_step, go_on, calls = threading.Event(), threading.Event(), list[int]()
+
+    class Gated(ImageModel):
+        def step(self, images: Sequence[ImageInFlight], *, again: bool = False) -> None:
+            calls.append(len(images))
+            in_step.set()
+            assert go_on.wait(WAIT_S)
+            super().step(images)
+
+    def load(bundle: Bundle, backend: str) -> ImageModel:
+        return Gated(bundle, open_sessions(bundle, "CPUExecutionProvider"))
+
+    planner = Planner(Bundle.open(emoji_bundle_path), limits=Limits())
+    task = task_to_message(planner.plan(request(guidance_scale=1.0)).task)
+    (ours, theirs), (bell, heard) = socket.socketpair(), socket.socketpair()
+    bell.setblocking(False)
+    arguments = (theirs, heard, emoji_bundle_path, "cpu", load)
+    thread = threading.Thread(target=model_worker.serve, args=arguments)
+    thread.start()
+    with theirs, bell, heard:
+        with ours:
+            receive(ours)
+            send(ours, Message({**task.body, "action": "begin", "ids": [7]}, task.arrays))
+            assert "error" not in receive(ours).body
+            send(ours, Message({"action": "step", "ids": [7], "again": True}))
+            assert in_step.wait(WAIT_S)
+            for _ in range(rings):
+                with suppress(BlockingIOError):
+                    bell.send(RING)
+            go_on.set()
+            assert receive(ours).body["seconds"] > 0.0
+            send(ours, Message({"action": "count"}))
+            assert receive(ours).body["images"] == 1
+            assert len(calls) == (1 if rings else 2)
+        thread.join(WAIT_S)
+
+
+def test_a_step_that_fails_unasked_fails_when_it_is_asked(
+    pipeline: Pipeline, model: RemoteModel, faults: Path
+) -> None:
+    images = model.begin(pipeline.plan(request()))
+    others = model.begin(pipeline.plan(request(seed=5)))
+    (faults / "denoiser.raise").write_text("next")
+    model.step(images, again=True)
+    model.step(others)
+    assert not (faults / "denoiser.raise").exists(), "the call that nobody asked for has failed"
+    with pytest.raises(RuntimeError, match="device lost"):
+        model.step(images)
+    model.release([*images, *others])
+    assert model.count() == 0
 
 
 # Nothing is kept

@@ -264,6 +264,67 @@ def test_configuration_names_what_is_wrong(config: dict[str, float]) -> None:
         BatcherConfig(**config)  # type: ignore[arg-type]
 
 
+# What comes next --------------------------------------------------------------------------------
+
+
+def test_a_call_comes_again_until_an_image_is_done() -> None:
+    rig = Rig()
+    rig.submit(3, seed=1)
+    rig.submit(5, seed=2)
+    rig.run()
+    assert rig.model.calls == [[1, 2]] * 3 + [[2]] * 2
+    assert rig.model.again == [True, True, False, True, False]
+
+
+def test_a_call_does_not_come_again_where_a_preview_is_due() -> None:
+    """It shows the image as it stands then, and not a step later."""
+    rig = Rig()
+    rig.submit(6, seed=1, preview_every=3)
+    rig.run()
+    assert rig.model.again == [True, True, False, True, True, False]
+
+
+def test_a_call_does_not_come_again_where_others_wait() -> None:
+    rig = Rig(step_ms=linear, max_images_in_flight=1)
+    rig.submit(3, seed=1)
+    rig.submit(3, seed=2)
+    rig.run()
+    assert rig.model.again == [False] * 3 + [True, True, False]
+    rig = Rig(step_ms=linear, max_images_in_flight=2)
+    for seed in (1, 2):
+        rig.submit(3, seed=seed)
+    rig.run()
+    assert [len(call) for call in rig.model.calls] == [1] * 6, "this device gains nothing"
+    assert rig.model.again == [False] * 3 + [True, True, False]
+
+
+def test_who_comes_or_leaves_has_the_model_wait() -> None:
+    rig = Rig()
+    heard = rig.submit(5, seed=1)
+    assert rig.model.num_holds == 1
+    rig.loop.tick()
+    assert heard.job is not None
+    heard.job.cancel()
+    assert rig.model.num_holds == 2
+    rig.loop.tick()
+    assert isinstance(heard.error, Cancelled)
+
+
+def test_a_worker_that_dies_of_what_it_began_unasked_is_not_laid_to_others_alone() -> None:
+    rig = Rig()
+    deadly = rig.submit(8, seed=66)
+    rig.loop.tick()
+    assert rig.model.again == [True]
+    rig.model.dies_next = True  # in the step that it has begun; the newcomer's call finds out
+    newcomer = rig.submit(3, seed=1)
+    rig.loop.tick()
+    assert deadly.job is not None and newcomer.job is not None
+    assert deadly.job.deaths == newcomer.job.deaths == 1
+    rig.run()
+    assert deadly.is_finished and newcomer.is_finished
+    assert not any(rig.model.again[1:]), "whom a worker has died of is asked for by name"
+
+
 # Leaving ----------------------------------------------------------------------------------------
 
 

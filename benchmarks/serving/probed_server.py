@@ -52,10 +52,14 @@ class ProbedModel:
         self._note("begin", started, images)
         return images
 
-    def step(self, images: Sequence[Any]) -> None:
+    def step(self, images: Sequence[Any], *, again: bool = False) -> float | None:
         started = time.monotonic()
-        self._model.step(images)
+        step_s = self._model.step(images, again=again)
         self._note("step", started, images)
+        return step_s
+
+    def hold(self) -> None:
+        self._model.hold()
 
     def decode(self, images: Sequence[Any]) -> Any:
         started = time.monotonic()

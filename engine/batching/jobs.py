@@ -31,6 +31,7 @@ class Job:
     queue_position: int = 0  # images that waited when it came
     result_keys: tuple[bytes, ...] = ()  # of its images in the result cache, if it may use it
     clock: Callable[[], float] = time.monotonic
+    on_cancel: Callable[[], None] = lambda: None
     submitted: float = 0.0
     cancelled: bool = False
     closed: bool = False
@@ -81,6 +82,7 @@ class Job:
     def cancel(self) -> None:
         """Leave at the next step; a request that is already closed stays as it is."""
         self.cancelled = True
+        self.on_cancel()
 
     def emit(self, event: Event) -> None:
         if self.closed:

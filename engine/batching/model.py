@@ -34,7 +34,7 @@ class InFlight(Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    """All of it is called on the batcher's worker thread.
+    """All of it is called on the batcher's worker thread, but for `hold`.
 
     Where the process behind a model is gone, a call raises `WorkerDied` and every image in flight
     is lost; `wait_ready` tells when there is a model again.
@@ -44,8 +44,17 @@ class Model(Protocol):
         """The images (`InFlight`) of a request, at their first latents."""
         ...
 
-    def step(self, images: Sequence[Any]) -> None:
-        """Advance images of one shape by one step, in one call."""
+    def step(self, images: Sequence[Any], *, again: bool = False) -> float | None:
+        """Advance images of one shape by one step, in one call.
+
+        `again`: the next call will be the same, unless `hold` is called; the model may begin with
+        it unasked. Returns the seconds of the denoiser's call where the time until it returns
+        does not tell, because it was begun before.
+        """
+        ...
+
+    def hold(self) -> None:
+        """The next call may be another one than was said; from any thread, at once."""
         ...
 
     def decode(self, images: Sequence[Any]) -> Sequence[RgbImage | NumericalError]:

@@ -70,6 +70,7 @@ class StepLoop:
         self._slots: list[Slot] = []
         self._done: list[Slot] = []  # steps are done, waiting for the decoder; still in flight
         self._calling: list[Job] = []  # whose call is under way, should the worker die of it
+        self._unasked: list[Job] = []  # the same for a call that it may have begun by itself
         self._is_serving = True
         self._num_submitted = 0
         self._step_s = 0.0  # the last denoiser call
@@ -108,6 +109,7 @@ class StepLoop:
             deadline=deadline,
             result_keys=result_keys,
             clock=self.clock,
+            on_cancel=self._model.hold,
         )
         job.predict(self.costs)
         check_request(job)
@@ -120,6 +122,7 @@ class StepLoop:
             self._num_submitted += 1
             job.number = self._num_submitted
             self._queue.push(job)
+        self._model.hold()
         return job
 
     def set_deadline(self, job: Job, deadline: float | None) -> None:
@@ -245,9 +248,11 @@ class StepLoop:
 
     def _step_call(self, call: Sequence[Slot]) -> None:
         rows = sum(slot.image.rows for slot in call)  # of this step: the next may have others
-        started = self.clock()
-        self._call(jobs_of(call), self._model.step, [slot.image for slot in call])
-        self._step_s = self.clock() - started
+        again, started = self._comes_again(call), self.clock()
+        images = [slot.image for slot in call]
+        step_s = self._call(jobs_of(call), self._model.step, images, again=again)
+        self._step_s = self.clock() - started if step_s is None else step_s
+        self._unasked = jobs_of(call) if again else []
         if self.costs.learns:
             self.costs.steps.observe(call[0].job.area, rows, 1e3 * self._step_s)
         for job in jobs_of(call):
@@ -263,9 +268,20 @@ class StepLoop:
                 )
             )
 
+    def _comes_again(self, call: Sequence[Slot]) -> bool:
+        """Whether the next call will be the same, as far as is known now.
+
+        Not with images that a worker has died of: who is to blame has to be known.
+        """
+        with self.lock:
+            alone = len(call) == len(self.in_flight) and not len(self._queue)
+        return alone and not any(
+            slot.steps_left == 1 or slot.job.deaths or _shows(slot, slot.image.steps_done + 1)
+            for slot in call
+        )
+
     def _preview(self, slot: Slot) -> RgbImage | None:
-        every = slot.job.plan.request.preview_every
-        due = every and slot.image.steps_done % every == 0 and not slot.image.is_done
+        due = _shows(slot, slot.image.steps_done) and not slot.image.is_done
         return self._call([slot.job], self._model.preview, slot.image) if due else None
 
     def _decode(self) -> None:
@@ -345,12 +361,12 @@ class StepLoop:
         """
         logger.warning("the worker died; %d images begin again: %s", len(self.in_flight), error)
         self._is_serving = False
-        for job in self._calling:
+        for job in {id(job): job for job in (*self._calling, *self._unasked)}.values():
             job.deaths += 1
             if job.deaths > MAX_RESTARTS:
                 job.fail(error)
         with self.lock:
-            lost, self._slots, self._done = self.in_flight, [], []
+            lost, self._slots, self._done, self._unasked = self.in_flight, [], [], []
             queued = list(self._queue)
             for job in queued:
                 self._queue.remove(job)
@@ -361,3 +377,9 @@ class StepLoop:
                 job.waiting = deque(sorted(job.waiting))
                 if not job.closed:
                     self._queue.push(job)
+
+
+def _shows(slot: Slot, steps_done: int) -> bool:
+    """Whether there is to be a preview after so many steps."""
+    every = slot.job.plan.request.preview_every
+    return bool(every) and steps_done % every == 0

@@ -195,13 +195,18 @@ class ObservedModel:
         self._observation.began(plan, time.perf_counter() - started)
         return images
 
-    def step(self, images: Sequence[Any]) -> None:
+    def step(self, images: Sequence[Any], *, again: bool = False) -> float | None:
         rows = sum(image.rows for image in images)
         started = time.perf_counter()
-        self._model.step(images)
+        step_s: float | None = self._model.step(images, again=again)
+        waited_s = time.perf_counter() - started
         metrics = self._observation.metrics
-        metrics.step_seconds.observe(time.perf_counter() - started)
+        metrics.step_seconds.observe(waited_s if step_s is None else step_s)
         metrics.batch_rows.observe(float(rows))
+        return step_s
+
+    def hold(self) -> None:
+        self._model.hold()
 
     def decode(self, images: Sequence[Any]) -> Any:
         return self._model.decode(images)

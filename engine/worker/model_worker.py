@@ -1,7 +1,11 @@
 """The process that owns the graphs: it keeps the images in flight by number and advances them.
 
 Started by `engine/worker/process.py`, which speaks with it over an inherited socket, one question
-and one answer at a time. It ends when the socket does, that is, when the server is gone, however
+and one answer at a time. Where the server expects to ask for the same step again, it goes on with
+that while the server reads the answer, unless the server rings a bell: somebody has come or gone,
+and the next call is another one. What it has computed unasked it has ready when it is asked.
+
+It ends when the socket does, that is, when the server is gone, however
 that came; signals meant for the server (Ctrl-C, a service manager's SIGTERM to the whole group) are
 not for it, for the server drains before it closes the socket.
 """
@@ -14,13 +18,15 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.backends.opening import open_model
 from engine.bundle import Bundle
-from engine.errors import InvalidRequest, NumericalError
+from engine.errors import InvalidRequest, NumericalError, ProviderUnavailable
 from engine.pipeline import ImageInFlight, ImageModel
+from engine.sessions import share_threads
 from engine.worker.answers import error_to_body, identity_of
 from engine.worker.task_wire import task_from_message
 from engine.worker.wire import Array, Message, WireError, receive, send
@@ -29,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _OOM_SCORE = "500"  # of 1000
+_MOST_RINGS = 1 << 16
 
 # Makes the model of a bundle; tests put one in that fails in chosen ways.
 Load = Callable[[Bundle, str], ImageModel]
@@ -40,6 +47,11 @@ class Worker:
     def __init__(self, model: ImageModel) -> None:
         self._model = model
         self._images: dict[int, ImageInFlight] = {}
+        self._expected: list[int] = []  # the images of the next step, as far as is known
+        # Images that are one step further than was asked, and what each has cost of the call's
+        # seconds; and those of a call that failed.
+        self._ahead: dict[int, float] = {}
+        self._failed: dict[int, Exception] = {}
         self._actions: dict[str, Callable[[Message], Message]] = {
             "begin": self._begin,
             "step": self._step,
@@ -69,8 +81,36 @@ class Worker:
         return Message({"shape_key": shape_key, "row_cost": self._model.row_cost(images[0])})
 
     def _step(self, request: Message) -> Message:
-        self._model.step([self._find(image_id) for image_id in request.body["ids"]])
-        return Message({})
+        ids: list[int] = request.body["ids"]
+        images = {image_id: self._find(image_id) for image_id in ids}
+        if not images:
+            raise WireError("a step of no images")
+        for error in (self._failed[image_id] for image_id in ids if image_id in self._failed):
+            raise error
+        seconds = self._timed_step([images[i] for i in ids if i not in self._ahead])
+        seconds += sum(self._ahead.pop(image_id, 0.0) for image_id in ids)
+        self._expected = ids if request.body["again"] else []
+        return Message({"seconds": seconds})
+
+    def go_ahead(self) -> None:
+        """Begin with the step that is expected next; if it fails, whoever asks for it is told."""
+        ids, self._expected = self._expected, []
+        try:
+            seconds = self._timed_step([self._find(image_id) for image_id in ids])
+        except Exception as error:
+            self._failed |= dict.fromkeys(ids, error)
+        else:
+            self._ahead |= dict.fromkeys(ids, seconds / max(len(ids), 1))
+
+    def wait(self) -> None:
+        """Expect nothing any more: something has changed, and the next call may be any."""
+        self._expected = []
+
+    def _timed_step(self, images: Sequence[ImageInFlight]) -> float:
+        started = time.perf_counter()
+        if images:
+            self._model.step(images)
+        return time.perf_counter() - started
 
     def _decode(self, request: Message) -> Message:
         ids = request.body["ids"]
@@ -100,10 +140,13 @@ class Worker:
 
     def _forget(self, ids: Sequence[int]) -> None:
         for image_id in ids:
-            self._images.pop(image_id, None)
+            for kept in (self._images, self._ahead, self._failed):
+                kept.pop(image_id, None)
 
 
-def serve(connection: socket.socket, bundle: Path, backend: str, load: Load) -> None:
+def serve(
+    connection: socket.socket, bell: socket.socket, bundle: Path, backend: str, load: Load
+) -> None:
     """Load a bundle, say how that went, then answer until the other side is gone."""
     try:
         opened = Bundle.open(bundle)
@@ -120,11 +163,24 @@ def serve(connection: socket.socket, bundle: Path, backend: str, load: Load) -> 
             # The number shows the other side that this is the answer to what it asked last.
             answer.body["number"] = request.body.get("number")
             send(connection, answer)
+            if _rung(bell):
+                worker.wait()
+            else:
+                worker.go_ahead()
+
+
+def _rung(bell: socket.socket) -> bool:
+    """Whether the server has rung since the last time that this was asked."""
+    try:
+        return bool(bell.recv(_MOST_RINGS, socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return False
 
 
 def main(load: Load = open_model) -> None:
     parser = argparse.ArgumentParser(prog="engine.worker.model_worker", allow_abbrev=False)
     parser.add_argument("--socket", type=int, required=True, help="descriptor of the socket")
+    parser.add_argument("--bell", type=int, required=True, help="descriptor of the bell's socket")
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--backend", required=True)
     parser.add_argument("--niceness", type=int, required=True)
@@ -135,9 +191,14 @@ def main(load: Load = open_model) -> None:
         os.nice(arguments.niceness)
     _die_with_parent()
     _die_before_parent()
+    with contextlib.suppress(ProviderUnavailable):  # told with the bundle, in the words of its load
+        share_threads()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    with socket.socket(fileno=arguments.socket) as connection:
-        serve(connection, arguments.bundle, arguments.backend, load)
+    with (
+        socket.socket(fileno=arguments.socket) as connection,
+        socket.socket(fileno=arguments.bell) as bell,
+    ):
+        serve(connection, bell, arguments.bundle, arguments.backend, load)
 
 
 def _die_with_parent() -> None:

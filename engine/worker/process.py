@@ -20,6 +20,7 @@ from engine.worker.wire import Message, WireError, receive, send
 logger = logging.getLogger(__name__)
 
 WORKER_MODULE = "engine.worker.model_worker"
+RING = b"\0"
 _END_S = 5.0  # for a process whose socket is closed to end, and for its last words to come
 
 
@@ -32,11 +33,12 @@ class WorkerCommand:
     niceness: int = 0
     module: str = WORKER_MODULE
 
-    def words(self, descriptor: int) -> list[str]:
+    def words(self, connection: int, bell: int) -> list[str]:
         """`-P`: the folder that the server was started in must not put modules in the way."""
         return [
             *(sys.executable, "-P", "-X", "faulthandler", "-m", self.module),
-            *("--socket", str(descriptor)),
+            *("--socket", str(connection)),
+            *("--bell", str(bell)),
             *("--bundle", str(self.bundle.resolve())),
             *("--backend", self.backend),
             *("--niceness", str(self.niceness)),
@@ -51,10 +53,16 @@ class WorkerProcess:
     """
 
     def __init__(
-        self, process: "subprocess.Popen[bytes]", connection: socket.socket, log: WorkerLog
+        self,
+        process: "subprocess.Popen[bytes]",
+        connection: socket.socket,
+        bell: socket.socket,
+        log: WorkerLog,
     ) -> None:
         self._process = process
         self._connection = connection
+        self._bell = bell
+        bell.setblocking(False)
         self._log = log
         self._numbers = itertools.count()
         self._ended = threading.Event()
@@ -64,25 +72,27 @@ class WorkerProcess:
     @classmethod
     def start(cls, command: WorkerCommand) -> "WorkerProcess":
         """Start a process; raises `ConfigError` where the system has no room for one."""
-        ours, theirs = socket.socketpair()
+        (ours, theirs), (bell, heard) = socket.socketpair(), socket.socketpair()
         try:
             process = subprocess.Popen(
-                command.words(theirs.fileno()),
+                command.words(theirs.fileno(), heard.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,  # the server's own is for what scripts read
                 stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), heard.fileno()],
                 env=child_environment(),
                 start_new_session=True,  # Ctrl-C is for the server, which then drains
             )
         except OSError as error:
             ours.close()
+            bell.close()
             raise ConfigError(f"the process for the model cannot be started: {error}") from error
         finally:
             theirs.close()  # else the end of the process would not be the end of the socket
+            heard.close()
         assert process.stdout
         log = WorkerLog(process.stdout, f"model process {process.pid}")
-        return cls(process, ours, log)
+        return cls(process, ours, bell, log)
 
     @property
     def pid(self) -> int:
@@ -123,6 +133,11 @@ class WorkerProcess:
         if "error" in answer.body:
             raise error_from_body(answer.body["error"])
         return answer
+
+    def hold(self) -> None:
+        """Have it begin with nothing unasked after the call that it is in; from any thread."""
+        with contextlib.suppress(OSError):  # it is told already, or gone
+            self._bell.send(RING)
 
     def _receive(self, action: str, timeout_s: float) -> Message:
         try:
@@ -190,5 +205,6 @@ class WorkerProcess:
             self._ended.wait(_END_S)
 
     def close(self) -> None:
-        """Give the socket back; not while another thread is in `ask`."""
+        """Give the sockets back; not while another thread is in `ask`."""
         self._connection.close()
+        self._bell.close()

@@ -114,11 +114,18 @@ class RemoteModel:
             for image_id, seed in zip(ids, task.seeds, strict=True)
         ]
 
-    def step(self, images: Sequence[RemoteImage]) -> None:
+    def step(self, images: Sequence[RemoteImage], *, again: bool = False) -> float:
+        """As the batcher's word; returns the seconds that the process has computed for it."""
         size = sum(image.rows * image.row_cost for image in images)
-        self._ask("step", _about(images), size=size, epoch=_epoch(images))
+        message = _about(images)
+        message.body["again"] = again
+        answer = self._ask("step", message, size=size, epoch=_epoch(images))
         for image in images:
             image.steps_done += 1
+        return float(answer.body["seconds"])
+
+    def hold(self) -> None:
+        self._supervisor.hold()
 
     def decode(self, images: Sequence[RemoteImage]) -> list[RgbImage | NumericalError]:
         """As `ImageModel.decode`, once for each image: the process lets go of it."""

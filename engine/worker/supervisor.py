@@ -173,6 +173,11 @@ class WorkerSupervisor:
             self._patience.learn(action, size, time.monotonic() - started)
             return answer
 
+    def hold(self) -> None:
+        """Tell the process to begin with nothing unasked; if it is gone, it does not."""
+        if worker := self._worker:
+            worker.hold()
+
     def _withdraw(self, worker: WorkerProcess) -> None:
         """From now on `wait_ready` means the next process, even before this one's end is seen."""
         with self._changed:
