@@ -36,7 +36,7 @@ check: setup
 	$(BIN)/python -m protos.generate --check
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Attacks on a server for ten minutes: docs/attacks.md.
 soak: setup

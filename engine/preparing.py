@@ -69,7 +69,7 @@ def prepare_bundle(
 def _prepare(bundle: Bundle, component: str, place: Path) -> Prepared:
     spec = bundle.manifest.components[component]
     _check_disk(bundle.path, spec, place)
-    feeds = _random_feeds(bundle, spec)
+    feeds = random_feeds(bundle, spec)
     with staged_folder(place) as staging:
         started = time.perf_counter()
         session = OnnxSession(bundle.path / spec.file, prepared=staging / GRAPH)
@@ -92,7 +92,7 @@ def _prepare(bundle: Bundle, component: str, place: Path) -> Prepared:
     )
 
 
-def _random_feeds(bundle: Bundle, spec: ComponentSpec) -> dict[str, Array]:
+def random_feeds(bundle: Bundle, spec: ComponentSpec) -> dict[str, Array]:
     """Inputs for two rows of half the model's own size."""
     latents, random = bundle.manifest.latents, np.random.default_rng(0)
     side = max(latents.default_size // 2 // latents.size_multiple, 1) * latents.size_multiple

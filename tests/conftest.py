@@ -1,5 +1,6 @@
 """Options, shape checks and the fixtures that several test files share."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,10 @@ def emoji_bundle_path() -> Path:
     from trainer.export import build_bundle
 
     path = ROOT / "build" / "test" / "emoji"
-    build_bundle(str(EMOJI_MODEL), path, precision="fp32")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this run find it built
+        build_bundle(str(EMOJI_MODEL), path, precision="fp32")
     return path
 
 

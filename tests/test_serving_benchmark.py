@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from benchmarks.serving.cancel import summary as cancel_summary
 from benchmarks.serving.load_figure import draw_load_figure
-from benchmarks.serving.mix import STEPS, arrival_times, make_concepts, make_requests
+from benchmarks.serving.mix import (
+    STEPS,
+    arrival_times,
+    deadline_s,
+    make_concepts,
+    make_requests,
+)
 from benchmarks.serving.open_loop import Arrival, Outcome, replay, summary
 from benchmarks.serving.run_to_end import RunToEnd, RunToEndLoop
 from benchmarks.serving.spread import fit_line
@@ -19,7 +25,17 @@ from engine.batching.config import BatcherConfig
 from engine.batching.step_loop import StepLoop
 from engine.errors import InvalidRequest, ShuttingDown
 from engine.requests import GenerationRequest
-from tests.batcher_toy import Clock, Heard, ToyModel, flat, linear, plan, table_of
+from tests.batcher_toy import (
+    AREA,
+    Clock,
+    Heard,
+    Milliseconds,
+    ToyModel,
+    flat,
+    linear,
+    plan,
+    table_of,
+)
 from tests.fakes import FakeDenoiser, make_pipeline
 
 OURS, STATIC, ONE_BY_ONE = "step-level", "static batching", "one at a time"
@@ -30,10 +46,10 @@ WINDOW_S = 0.005
 class Rig:
     """One of the systems on the toy, in open loop; its calls, or an arrival, let time pass."""
 
-    def __init__(self, name: str, **config: Any) -> None:
+    def __init__(self, name: str, step_ms: Milliseconds = linear, **config: Any) -> None:
         self.clock = Clock()
-        self.model = ToyModel(self.clock, step_ms=linear)
-        given, costs = BatcherConfig(**config), table_of(linear)
+        self.model = ToyModel(self.clock, step_ms=step_ms)
+        given, costs = BatcherConfig(**config), table_of(step_ms)
         self.loop: Any
         if name == OURS:
             self.loop = StepLoop(self.model, given, costs, clock=self.clock)
@@ -242,6 +258,62 @@ def test_latency_counts_from_when_a_request_was_due() -> None:
     )  # fmt: skip
     assert all(one.latency_s > 0.1 for one in outcomes)
     assert summary([outcomes])["latency_ms"]["count"] == 2
+
+
+def nearly_flat(area: int, rows: int) -> float:
+    """A GPU that is not full: 16 rows take 1.6 times as long as one."""
+    return 12.0 + 0.5 * (rows - 1)
+
+
+def by_rows(area: int, rows: int) -> float:
+    """Two cores: nothing is gained by sharing a call."""
+    return 6.0 * rows
+
+
+def outcomes_at(load: float, name: str, step_ms: Milliseconds) -> dict[str, Any]:
+    """The benchmark's own mix of requests, on a clock that only calls let pass."""
+    requests = make_requests(300, make_concepts(8), seed=3)
+    rows = [1 if request.guidance_scale == 1.0 else 2 for request in requests]
+    costs = table_of(step_ms)
+    alone_s = [
+        costs.alone_ms(area=AREA, rows=count, num_steps=request.num_inference_steps) / 1e3
+        for count, request in zip(rows, requests, strict=True)
+    ]
+    times = arrival_times(len(requests), load * len(requests) / sum(alone_s), seed=3)
+    arrivals = [
+        Arrival(
+            plan=plan(request.num_inference_steps, seed=index, rows=count),
+            at_s=at_s,
+            allowed_s=deadline_s(own_s),
+            alone_s=own_s,
+        )
+        for index, (request, count, own_s, at_s) in enumerate(
+            zip(requests, rows, alone_s, times, strict=True)
+        )
+    ]
+    return summary([Rig(name, step_ms).replay(arrivals)])
+
+
+@pytest.mark.parametrize("load", [0.5, 0.8, 1.0, 1.2])
+def test_where_calls_cost_the_same_step_level_batching_is_ahead_in_everything(load: float) -> None:
+    ours = outcomes_at(load, OURS, nearly_flat)
+    for other in (STATIC, ONE_BY_ONE):
+        theirs = outcomes_at(load, other, nearly_flat)
+        assert ours["in_time_share"] >= theirs["in_time_share"]
+        for measure in ("latency_ms", "slowdown"):
+            for share in ("median", "p99"):
+                assert ours[measure][share] < theirs[measure][share], (other, measure, share)
+
+
+@pytest.mark.parametrize("load", [0.5, 0.8, 1.0, 1.2])
+def test_where_sharing_gains_nothing_nobody_waits_long_for_little(load: float) -> None:
+    """The longest images wait instead, within their deadlines: p99 in milliseconds is theirs."""
+    ours = outcomes_at(load, OURS, by_rows)
+    for other in (STATIC, ONE_BY_ONE):
+        theirs = outcomes_at(load, other, by_rows)
+        assert ours["in_time_share"] >= theirs["in_time_share"]
+        assert ours["latency_ms"]["median"] < theirs["latency_ms"]["median"]
+        assert ours["slowdown"]["p99"] < theirs["slowdown"]["p99"]
 
 
 def test_goodput_leaves_out_what_came_too_late() -> None:

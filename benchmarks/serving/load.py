@@ -58,7 +58,9 @@ def measure(settings: Settings) -> dict[str, Any]:
         "capacity_afterwards_per_s": bench.capacity(),
         "requests_of_a_run": count,
         "repeats": REPEATS,
-        "mean_deadline_s": fmean(bench.allowed_s(plan) for plan in bench.plans(count, seed=0)),
+        "mean_deadline_s": fmean(
+            deadline_s(bench.alone_s(plan)) for plan in bench.plans(count, seed=0)
+        ),
         "window_ms": 1e3 * window_s,
         "windows": tried,
         "step_ms_by_rows": {
@@ -93,14 +95,14 @@ class Bench:
         requests = make_requests(count, self._concepts, seed=seed)
         return [self._pipeline.plan(request) for request in requests]
 
-    def allowed_s(self, plan: GenerationPlan) -> float:
-        """From arrival to deadline."""
+    def alone_s(self, plan: GenerationPlan) -> float:
+        """What a request takes with nobody else there."""
         alone_ms = self.costs.alone_ms(
             area=plan.width * plan.height,
             rows=len(plan.weights),
             num_steps=len(plan.trajectory.rows),
         )
-        return deadline_s(alone_ms / 1e3)
+        return alone_ms / 1e3
 
     def capacity(self) -> float:
         """Images per second of the mix, one at a time, the next when the last is done."""
@@ -122,7 +124,12 @@ class Bench:
     def run(self, make: MakeScheduler, rate: float, count: int, *, seed: int) -> list[Outcome]:
         """One system under one load."""
         arrivals = [
-            Arrival(plan=plan, at_s=at_s, allowed_s=self.allowed_s(plan))
+            Arrival(
+                plan=plan,
+                at_s=at_s,
+                allowed_s=deadline_s(self.alone_s(plan)),
+                alone_s=self.alone_s(plan),
+            )
             for plan, at_s in zip(
                 self.plans(count, seed=seed), arrival_times(count, rate, seed=seed), strict=True
             )

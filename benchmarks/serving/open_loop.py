@@ -38,6 +38,7 @@ class Arrival:
     plan: GenerationPlan
     at_s: float  # from the start
     allowed_s: float  # from then to its deadline
+    alone_s: float = 1.0  # what it takes with nobody else there
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,5 +134,6 @@ def summary(runs: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
         "given_up_share": sum(one.ended == "given up" for one in counted) / len(counted),
         "failed": sum(one.ended == "failed" for one in counted),
         "latency_ms": spread([1e3 * one.latency_s for one in finished]),
+        "slowdown": spread([one.latency_s / one.arrival.alone_s for one in finished]),
         "latest_send_ms": max(1e3 * (one.sent_s - one.arrival.at_s) for one in counted),
     }
