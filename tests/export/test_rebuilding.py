@@ -89,7 +89,7 @@ def test_the_digest_of_sources_is_of_their_bytes(tmp_path: Path) -> None:
 
 
 # They say how files are moved and errors are told, not what is in a bundle.
-NOT_IN_A_KEY = {"build_job", "errors", "messages", "sampler_pool", "sources", "staging"}
+NOT_IN_A_KEY = {"build_job", "errors", "messages", "output_folder", "sampler_pool", "sources"}
 
 
 def imported_modules(name: str, found: set[str]) -> set[str]:
