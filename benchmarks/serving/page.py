@@ -69,7 +69,8 @@ def _overhead(result: Result) -> list[str]:
         "## The server beside the pipeline in process",
         "",
         f"One image of {result['num_inference_steps']} steps with guidance, as a PNG file, "
-        f"{result['rounds']} times each way; the ways take turns in random order. More is the "
+        f"{result['rounds']} times each way, with {result['instances']} instances of each process; "
+        "the ways take turns in random order. More is the "
         "median over rounds of the difference to the pipeline in the same round. Goal for the "
         f"server: at most {result['goal_ms']:.1f} ms (1 % or 5 ms, whichever is more).",
         "",

@@ -12,7 +12,14 @@ from benchmarks.run import machine
 from engine.files import write_atomically
 
 REPORT = ROOT / "docs" / "benchmarks" / "serving.json"
-_MEASURED = ("engine", "protos", "oneword", "trainer", "benchmarks", "models")  # what figures depend on
+_MEASURED = (
+    "engine",
+    "protos",
+    "oneword",
+    "trainer",
+    "benchmarks",
+    "models",
+)  # what figures depend on
 
 Results = dict[str, dict[str, Any]]  # by part: "commit", "machine", "date", "seconds", "result"
 

@@ -11,7 +11,7 @@ class Settings:
     """Counts and times of all parts."""
 
     bundle: Path = BUNDLE
-    overhead_rounds: int = 40
+    overhead_rounds: int = 60
     overhead_steps: int = 20
     load_s: float = 800.0  # of all points together; from it follows how many requests a point has
     capacity_requests: int = 60
