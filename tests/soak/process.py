@@ -106,7 +106,6 @@ class ServerProcess:
             self._process = subprocess.Popen(
                 place.command(),
                 cwd=ROOT,
-                # All of Python's memory comes from malloc, where it can be counted.
                 env={**os.environ, **HEAP_TELLS, "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
