@@ -38,7 +38,7 @@ MEMORY = {
 }
 
 
-def draw(bundle: Path) -> None:
+def load_and_call(bundle: Path) -> None:
     """What a fresh process does: load, call, tell, and wait until it may end."""
     started = time.perf_counter()
     opened = Bundle.open(bundle)
@@ -77,7 +77,7 @@ def memory() -> dict[str, float]:
 
 def measure(bundle: Path, cache: Path, *, processes: int) -> list[dict[str, float]]:
     """So many processes at once, on prepared graphs if the cache has them."""
-    command = [sys.executable, "-m", "benchmarks.prepared", str(bundle), "--draw"]
+    command = [sys.executable, "-m", "benchmarks.prepared", str(bundle), "--measured"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     running = [
@@ -146,10 +146,10 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="?", default=BUNDLE)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--draw", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measured", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.draw:
-        draw(arguments.bundle)
+    if arguments.measured:
+        load_and_call(arguments.bundle)
         return
     with tempfile.TemporaryDirectory() as folder:
         text = page(arguments.bundle.resolve(), Path(folder), arguments.rounds)

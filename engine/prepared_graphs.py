@@ -48,10 +48,14 @@ class PreparedGraphs:
         It is code of a kind: one that others can write to is not used.
         """
         place = self.place(sources)
-        if not (place / NOTE).is_file():
-            return None
-        if writer := _other_writer(self.folder, place, *place.iterdir()):
-            logger.warning("%s can be written to by other users; it is not used", writer)
+        try:
+            if not (place / NOTE).is_file():
+                return None
+            if writer := _other_writer(self.folder, place, *place.iterdir()):
+                logger.warning("%s can be written to by other users; it is not used", writer)
+                return None
+        except OSError as error:  # a cache of somebody else, or one that goes this very moment
+            logger.warning("prepared graphs are not used: %s", error)
             return None
         if not _is_whole(place):
             logger.warning("%s is damaged and not used; run `oneword prepare` again", place)

@@ -29,8 +29,7 @@ CPU_PROVIDER = "CPUExecutionProvider"
 
 # Each session has threads of its own, which spin for a while when their work is done: those of the
 # denoiser took a core from the decoder. Bounded, an image of the embedded model took 216 ms instead
-# of 270 on two cores, and other threads were late less often. Long enough for the pause between two
-# steps that a server asks of a model's process (docs/cpu-backend.md).
+# of 270 on two cores, and other threads were late less often (docs/cpu-backend.md).
 _SPIN_US = 2000
 _MAPPED_BYTES = 1024  # weights of a prepared graph that are smaller are part of its protobuf
 _ORT_DTYPES = {

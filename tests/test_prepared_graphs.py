@@ -155,6 +155,20 @@ def test_other_backends_load_the_bundles_own(
     assert loaded == [False]
 
 
+def test_a_cache_that_cannot_be_looked_into_is_none(
+    pipeline: Pipeline,
+    loaded: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As that of another user, which a service may inherit with his HOME."""
+    # Too long a name raises an OSError for everybody; a missing permission, not for root.
+    monkeypatch.setenv("XDG_CACHE_HOME", "/" + 300 * "x")
+    Pipeline.open(pipeline.bundle.path)
+    assert loaded == [False] * 4
+    assert "prepared graphs are not used" in caplog.text
+
+
 def test_a_user_without_a_home_has_none(
     pipeline: Pipeline, loaded: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

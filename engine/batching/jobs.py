@@ -31,7 +31,7 @@ class Job:
     queue_position: int = 0  # images that waited when it came
     result_keys: tuple[bytes, ...] = ()  # of its images in the result cache, if it may use it
     clock: Callable[[], float] = time.monotonic
-    on_cancel: Callable[[], None] = lambda: None
+    on_cancel: Callable[[], None] = lambda: None  # so that no step is begun for it meanwhile
     submitted: float = 0.0
     cancelled: bool = False
     closed: bool = False
