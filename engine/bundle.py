@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from engine.errors import BundleError
 from engine.files import sha256_of_file
@@ -206,9 +207,9 @@ class Bundle:
         bundle = cls(
             path=path,
             manifest=manifest,
-            tokenizer=Tokenizer.from_file(str(path / TOKENIZER)),
+            tokenizer=_read_tokenizer(path / TOKENIZER),
             token_embedding=read_token_embedding(path / TOKEN_EMBEDDING),
-            tokenizer_2=Tokenizer.from_file(str(path / TOKENIZER_2)) if two else None,
+            tokenizer_2=_read_tokenizer(path / TOKENIZER_2) if two else None,
             token_embedding_2=read_token_embedding(path / TOKEN_EMBEDDING_2) if two else None,
             sampler_tables=read_sampler_tables(path / SAMPLERS),
             latent_rgb=_read_tensor(path / LATENT_RGB, "latent_rgb"),
@@ -299,6 +300,20 @@ def _verify_hashes(path: Path, manifest: Manifest) -> None:
                 f"{file} is corrupted: SHA-256 {found[:12]}..., the manifest says "
                 f"{expected[:12]}...; build the bundle again"
             )
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer that remembers nothing of what it is given.
+
+    By default it keeps the first 10,000 words that it meets for as long as it lives: 4 MB of common
+    words, 80 MB of the longest, whoever sends them. Without them it is no slower: a prompt of 20
+    words takes 44 microseconds either way. (`cache_capacity` of the constructor has no public twin
+    for a tokenizer that was read from a file.)
+    """
+    tokenizer = Tokenizer.from_file(str(path))
+    if isinstance(tokenizer.model, BPE):
+        tokenizer.model._resize_cache(0)
+    return tokenizer
 
 
 def read_token_embedding(path: Path) -> Float[np.ndarray, "vocab_size dim"]:

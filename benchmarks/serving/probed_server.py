@@ -9,7 +9,6 @@ stdin is a word, each answer a line of JSON on stdout:
 """
 
 import asyncio
-import ctypes
 import gc
 import json
 import logging
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.live_heap import live_heap_bytes
 from engine.batching.model import Model
 from engine.config_file import build, read_config_file
 from engine.operations.memory import children_resident_bytes, resident_bytes
@@ -85,30 +85,6 @@ class ProbedModel:
     def _note(self, what: str, started: float, images: Sequence[Any]) -> None:
         seeds = [image.seed for image in images]
         self._calls.append((what, started, time.monotonic(), seeds))
-
-
-class _Mallinfo2(ctypes.Structure):
-    """`struct mallinfo2` of glibc 2.33 and later; all arenas together."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
-                     "uordblks", "fordblks", "keepcost")
-    ]  # fmt: skip
-
-
-def live_heap_bytes() -> int | None:
-    """Bytes that malloc has given out and not got back; None where the C library does not tell.
-
-    With PYTHONMALLOC=malloc Python's own objects are among them.
-    """
-    try:
-        mallinfo2 = ctypes.CDLL(None).mallinfo2
-    except AttributeError:
-        return None
-    mallinfo2.restype = _Mallinfo2
-    found = mallinfo2()
-    return found.uordblks + found.hblkhd
 
 
 class Desk:

@@ -5,7 +5,6 @@ in place of ten minutes: else no soak would see how memory goes on after that.
 """
 
 import asyncio
-import ctypes
 import gc
 import json
 import os
@@ -13,24 +12,11 @@ import sys
 import threading
 from typing import Any
 
+from benchmarks.live_heap import live_heap_bytes
 from engine.serving.executions import Memory
 from oneword.cli import main
 
-_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
-           "fordblks", "keepcost")  # fmt: skip
 REMEMBERED = Memory(seconds=2.0, max_bytes=1 << 20)
-
-
-class _Mallinfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
-
-
-def live_heap_bytes() -> int:
-    """What malloc has given out, in all arenas and in mappings of their own (mallinfo2(3))."""
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = _Mallinfo
-    info = mallinfo2()
-    return info.uordblks + info.hblkhd
 
 
 def _answer_for_ever() -> None:
