@@ -27,6 +27,11 @@ class GuidedCalls:
         """How many of them are still to come when so many calls are done."""
         return max(self.end - max(self.first, steps_done), 0)
 
+    def num_alike(self, steps_done: int, num_calls: int) -> int:
+        """How many calls, from the next one to the last of `num_calls`, have the same rows."""
+        ends = [end for end in (self.first, self.end, num_calls) if end > steps_done]
+        return min(ends, default=steps_done) - steps_done
+
 
 def _calls_before(position: float, num_calls: int) -> int:
     return min(max(math.ceil(position * num_calls - 0.5), 0), num_calls)

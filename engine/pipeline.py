@@ -229,10 +229,10 @@ class ImageModel:
         outputs = self._vae_encoder.run({"images": image})
         return outputs["mean"][0].astype(np.float32), outputs["std"][0].astype(np.float32)
 
-    def step(self, images: Sequence[ImageInFlight], *, again: bool = False) -> None:
+    def step(self, images: Sequence[ImageInFlight], *, at_most: int = 1) -> None:
         """Advance images by one row each, in one denoiser call; all have the same `shape_key`.
 
-        An image is the same, to rounding, whatever shares its call. Nothing is begun unasked.
+        An image is the same, to rounding, whatever shares its call. One call, however many may be.
         """
         rows = np.array([image.rows for image in images])
         outputs = self._denoiser.run(

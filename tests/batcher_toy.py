@@ -90,7 +90,9 @@ class ToyModel:
         self.live: set[ToyImage] = set()
         self.calls: list[list[int]] = []  # seeds in each denoiser call
         self.log: list[str] = []  # what was called, in order
-        self.again: list[bool] = []  # whether each denoiser call was said to come again
+        self.goes_on = False  # whether it makes several calls where it may
+        self.at_most: list[int] = []  # how many it might, each time that it was asked
+        self.after_call: Callable[[], None] = lambda: None
         self.num_holds = 0
         self.begin_ms = 0.0
         self.life = 0  # workers so far
@@ -120,10 +122,19 @@ class ToyModel:
     def hold(self) -> None:
         self.num_holds += 1
 
-    def step(self, images: Sequence[ToyImage], *, again: bool = False) -> None:
+    def step(self, images: Sequence[ToyImage], *, at_most: int = 1) -> None:
         self._enter("step", images)
-        self.again.append(again)
+        self.at_most.append(at_most)
+        assert at_most >= 1
         assert len({image.shape_key for image in images}) == 1
+        holds = self.num_holds
+        for _ in range(at_most if self.goes_on else 1):
+            self._call(images)
+            self.after_call()
+            if self.num_holds > holds:
+                return
+
+    def _call(self, images: Sequence[ToyImage]) -> None:
         assert not any(image.is_done for image in images)
         self.calls.append([image.seed for image in images])
         if self.deadly_seeds & {image.seed for image in images}:

@@ -69,7 +69,7 @@ class FakeModel:
     def hold(self) -> None:
         pass
 
-    def step(self, images: Sequence[ImageInFlight], *, again: bool = False) -> None:
+    def step(self, images: Sequence[ImageInFlight], *, at_most: int = 1) -> None:
         assert len({image.shape_key for image in images}) == 1
         self.calls.append([image.seed for image in images])
         self.in_step.set()

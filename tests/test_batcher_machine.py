@@ -35,8 +35,8 @@ CURVES: dict[str, Milliseconds] = {"flat": flat, "linear": linear, "staircase": 
 class BatcherMachine(RuleBasedStateMachine):
     """Requests of all kinds come, are cancelled, expire, and kill workers, in any order."""
 
-    @initialize(curve=st.sampled_from(sorted(CURVES)), learns=st.booleans())
-    def start(self, curve: str, learns: bool) -> None:
+    @initialize(curve=st.sampled_from(sorted(CURVES)), learns=st.booleans(), goes_on=st.booleans())
+    def start(self, curve: str, learns: bool, goes_on: bool) -> None:
         self.rig = Rig(
             step_ms=CURVES[curve],
             costs=CostTable() if learns else None,
@@ -45,6 +45,7 @@ class BatcherMachine(RuleBasedStateMachine):
             max_queued_images=MAX_QUEUED,
             max_queued_ms=500,
         )
+        self.rig.model.goes_on = goes_on
         self.accepted: list[Heard] = []
         self.deaths = 0
         # By request number: (images that were older, work taken past it since).

@@ -108,24 +108,23 @@ def test_a_handle_says_what_the_image_says(pipeline: Pipeline, model: RemoteMode
     model.release(there)
 
 
-# Steps that are begun unasked
+# Steps that are made unasked
 
 
-def test_who_comes_and_goes_gets_the_same_image(pipeline: Pipeline, model: RemoteModel) -> None:
-    """Whatever was begun unasked, and whoever joins or leaves after that."""
+def test_several_steps_are_those_that_are_asked_for_one_by_one(
+    pipeline: Pipeline, model: RemoteModel
+) -> None:
+    """Whoever joins or leaves between them."""
     plans = [pipeline.plan(request(seed=seed, num_inference_steps=6)) for seed in (1, 2, 3)]
     (first,), (second,), (third,) = (model.begin(plan) for plan in plans)
-    for _ in range(3):
-        model.step([first], again=True)
-    model.step([first, second], again=True)  # the first is ready, the second is not
-    model.step([second], again=True)
-    model.step([third, first, second], again=False)
+    assert model.step([first], at_most=3) > 0.0
+    assert first.steps_done == 3
+    model.step([first, second], at_most=2)
+    model.step([third, first, second])
     model.release([third])
-    for image in (second, first):
-        while not image.is_done:
-            model.step([image], again=image.steps_done < 5)
-    alone = [pipeline.plan(request(seed=seed, num_inference_steps=6)) for seed in (1, 2)]
-    for image, plan in zip((first, second), alone, strict=True):
+    assert (first.is_done, second.steps_done) == (True, 3)
+    model.step([second], at_most=3)
+    for image, plan in zip((first, second), plans, strict=False):
         (picture,), (expected,) = model.decode([image]), draw(pipeline, plan)
         assert isinstance(picture, np.ndarray) and isinstance(expected, np.ndarray)
         # Another batch size sums in another order: at most one step of 255.
@@ -133,31 +132,15 @@ def test_who_comes_and_goes_gets_the_same_image(pipeline: Pipeline, model: Remot
     assert model.count() == 0
 
 
-def test_the_process_goes_on_by_itself(
-    pipeline: Pipeline, model: RemoteModel, faults: Path
-) -> None:
-    """A fault is ordered for the next call, once the process has answered and has nothing to do."""
-    plan, order = pipeline.plan(request(num_inference_steps=5)), faults / "denoiser.raise"
-    images = model.begin(plan)
-    model.step(images, again=True)
-    model.count()  # answered when what was begun is done
-    order.touch()
-    assert model.step(images) > 0.0
-    assert order.exists(), "no call was made: the step was ready"
-    with pytest.raises(RuntimeError, match="device lost"):
-        model.step(images)
-    while not images[0].is_done:
-        model.step(images)
-    assert same(model.decode(images), draw(pipeline, plan))
-
-
 @pytest.mark.parametrize("rings", [0, 1, 100_000])
-def test_a_process_that_is_told_to_hold_waits(emoji_bundle_path: Path, rings: int) -> None:
+def test_a_process_that_is_told_to_hold_makes_no_other_step(
+    emoji_bundle_path: Path, rings: int
+) -> None:
     """Told in the middle of a call, as when somebody comes or goes; and more than it can hear."""
     in_step, go_on, calls = threading.Event(), threading.Event(), list[int]()
 
     class Gated(ImageModel):
-        def step(self, images: Sequence[ImageInFlight], *, again: bool = False) -> None:
+        def step(self, images: Sequence[ImageInFlight], *, at_most: int = 1) -> None:
             calls.append(len(images))
             in_step.set()
             assert go_on.wait(WAIT_S)
@@ -167,42 +150,46 @@ def test_a_process_that_is_told_to_hold_waits(emoji_bundle_path: Path, rings: in
         return Gated(bundle, open_sessions(bundle, "CPUExecutionProvider"))
 
     planner = Planner(Bundle.open(emoji_bundle_path), limits=Limits())
-    task = task_to_message(planner.plan(request(guidance_scale=1.0)).task)
+    task = task_to_message(planner.plan(request(guidance_scale=1.0, num_inference_steps=5)).task)
     (ours, theirs), (bell, heard) = socket.socketpair(), socket.socketpair()
     bell.setblocking(False)
     arguments = (theirs, heard, emoji_bundle_path, "cpu", load)
     thread = threading.Thread(target=model_worker.serve, args=arguments)
     thread.start()
+
+    def ring(times: int) -> None:
+        for _ in range(times):
+            with suppress(BlockingIOError):
+                bell.send(RING)
+
     with theirs, bell, heard:
         with ours:
             receive(ours)
+            ring(rings)  # for what the server knew when it got the next answer
             send(ours, Message({**task.body, "action": "begin", "ids": [7]}, task.arrays))
             assert "error" not in receive(ours).body
-            send(ours, Message({"action": "step", "ids": [7], "again": True}))
+            send(ours, Message({"action": "step", "ids": [7], "at_most": 3}))
             assert in_step.wait(WAIT_S)
-            for _ in range(rings):
-                with suppress(BlockingIOError):
-                    bell.send(RING)
+            ring(rings)
             go_on.set()
-            assert receive(ours).body["seconds"] > 0.0
-            send(ours, Message({"action": "count"}))
-            assert receive(ours).body["images"] == 1
-            assert len(calls) == (1 if rings else 2)
+            answer = receive(ours).body
+            assert answer["seconds"] > 0.0
+            assert answer["steps"] == len(calls) == (1 if rings else 3)
+            calls.clear()
+            send(ours, Message({"action": "step", "ids": [7], "at_most": 1}))
+            assert receive(ours).body["steps"] == len(calls) == 1
         thread.join(WAIT_S)
 
 
-def test_a_step_that_fails_unasked_fails_when_it_is_asked(
+def test_a_step_that_fails_unasked_fails_with_those_before_it(
     pipeline: Pipeline, model: RemoteModel, faults: Path
 ) -> None:
     images = model.begin(pipeline.plan(request()))
-    others = model.begin(pipeline.plan(request(seed=5)))
     (faults / "denoiser.raise").write_text("next")
-    model.step(images, again=True)
-    model.step(others)
-    assert not (faults / "denoiser.raise").exists(), "the call that nobody asked for has failed"
     with pytest.raises(RuntimeError, match="device lost"):
-        model.step(images)
-    model.release([*images, *others])
+        model.step(images, at_most=2)
+    assert not (faults / "denoiser.raise").exists(), "the call that nobody asked for has failed"
+    model.release(images)
     assert model.count() == 0
 
 

@@ -1,8 +1,11 @@
 """The batcher tick by tick, on a clock that the test holds: who steps, who is refused, who dies."""
 
+import dataclasses
+
 import pytest
 
 from engine.batching.config import BatcherConfig
+from engine.batching.events import StepDone
 from engine.batching.shared_calls import MAX_PASSED_OVER
 from engine.batching.step_costs import CostTable
 from engine.batching.step_loop import DECODE_STRETCH, MAX_RESTARTS
@@ -15,7 +18,8 @@ from engine.errors import (
     QueueFull,
     WorkerDied,
 )
-from tests.batcher_toy import Rig, flat, linear
+from engine.guidance import GuidedCalls
+from tests.batcher_toy import Heard, Rig, flat, linear, plan
 
 # Who steps --------------------------------------------------------------------------------------
 
@@ -264,65 +268,110 @@ def test_configuration_names_what_is_wrong(config: dict[str, float]) -> None:
         BatcherConfig(**config)  # type: ignore[arg-type]
 
 
-# What comes next --------------------------------------------------------------------------------
+# Calls that the model makes by itself ------------------------------------------------------------
 
 
-def test_a_call_comes_again_until_an_image_is_done() -> None:
+def test_a_model_goes_on_until_an_image_is_done() -> None:
     rig = Rig()
-    rig.submit(3, seed=1)
-    rig.submit(5, seed=2)
+    rig.model.goes_on = True
+    first, second = rig.submit(3, seed=1), rig.submit(5, seed=2)
     rig.run()
     assert rig.model.calls == [[1, 2]] * 3 + [[2]] * 2
-    assert rig.model.again == [True, True, False, True, False]
+    assert rig.model.at_most == [3, 2]
+    assert [e.step for e in second.events if isinstance(e, StepDone)] == [3, 5]
+    for heard, rows in ((first, 4.0), (second, (3 * 4 + 2 * 2) / 5)):
+        assert heard.job is not None
+        timings = heard.job.timings()
+        assert timings.denoiser_calls == heard.job.num_steps and timings.mean_batch_rows == rows
 
 
-def test_a_call_does_not_come_again_where_a_preview_is_due() -> None:
+def test_a_model_goes_on_to_the_next_preview() -> None:
     """It shows the image as it stands then, and not a step later."""
     rig = Rig()
-    rig.submit(6, seed=1, preview_every=3)
+    rig.model.goes_on = True
+    heard = rig.submit(8, seed=1, preview_every=3)
     rig.run()
-    assert rig.model.again == [True, True, False, True, True, False]
+    assert rig.model.at_most == [3, 3, 2]
+    previews = {e.step: e.preview for e in heard.events if isinstance(e, StepDone)}
+    shown = {step: preview.max() for step, preview in previews.items() if preview is not None}
+    assert shown == {3: 3, 6: 6}
 
 
-def test_a_call_does_not_come_again_where_others_wait() -> None:
+def test_a_model_goes_on_while_the_rows_stay_the_same() -> None:
+    rig = Rig()
+    rig.model.goes_on = True
+    guided = dataclasses.replace(plan(9), guided=GuidedCalls(2, 6))
+    rig.loop.submit(guided, Heard())
+    rig.run()
+    assert rig.model.at_most == [2, 4, 3]
+
+
+def test_a_model_goes_on_for_a_bounded_time() -> None:
+    rig = Rig(step_ms=lambda area, count: 30.0)
+    rig.model.goes_on = True
+    rig.submit(8, seed=1)
+    rig.run()
+    assert rig.model.at_most == [3, 3, 2], "3 of 30 ms are within 100"
+    rig = Rig(step_ms=lambda area, count: 30.0)
+    rig.submit(2, seed=1, within_ms=75.0)
+    rig.loop.tick()
+    assert rig.model.at_most == [2], "the deadline comes sooner"
+
+
+def test_a_model_does_not_go_on_without_knowing_how_long_calls_take() -> None:
+    rig = Rig(costs=CostTable())
+    rig.model.goes_on = True
+    rig.submit(5, seed=1)
+    rig.run()
+    assert rig.model.at_most == [1, 1, 1, 2], "known by three calls"
+
+
+def test_a_model_does_not_go_on_where_others_wait() -> None:
     rig = Rig(step_ms=linear, max_images_in_flight=1)
     rig.submit(3, seed=1)
     rig.submit(3, seed=2)
     rig.run()
-    assert rig.model.again == [False] * 3 + [True, True, False]
+    assert rig.model.at_most == [1] * 3 + [3, 2, 1]
     rig = Rig(step_ms=linear, max_images_in_flight=2)
     for seed in (1, 2):
         rig.submit(3, seed=seed)
     rig.run()
     assert [len(call) for call in rig.model.calls] == [1] * 6, "this device gains nothing"
-    assert rig.model.again == [False] * 3 + [True, True, False]
+    assert rig.model.at_most == [1] * 3 + [3, 2, 1]
 
 
-def test_who_comes_or_leaves_has_the_model_wait() -> None:
+def test_who_comes_has_a_place_in_the_next_call() -> None:
     rig = Rig()
-    heard = rig.submit(5, seed=1)
-    assert rig.model.num_holds == 1
-    rig.loop.tick()
+    rig.model.goes_on = True
+    rig.submit(9, seed=1)
+
+    def come() -> None:
+        rig.model.after_call = lambda: None
+        rig.submit(2, seed=2)
+
+    rig.model.after_call = come
+    rig.run()
+    assert rig.model.calls == [[1], [2, 1], [2, 1], *[[1]] * 6]
+
+
+def test_who_leaves_is_in_no_other_call() -> None:
+    rig = Rig()
+    rig.model.goes_on = True
+    heard = rig.submit(9, seed=1)
     assert heard.job is not None
-    heard.job.cancel()
-    assert rig.model.num_holds == 2
-    rig.loop.tick()
+    rig.model.after_call = heard.job.cancel
+    rig.run()
+    assert rig.model.calls == [[1]]
     assert isinstance(heard.error, Cancelled)
 
 
-def test_a_worker_that_dies_of_what_it_began_unasked_is_not_laid_to_others_alone() -> None:
+def test_a_model_does_not_go_on_with_whom_a_worker_has_died_of() -> None:
     rig = Rig()
-    deadly = rig.submit(8, seed=66)
-    rig.loop.tick()
-    assert rig.model.again == [True]
-    rig.model.dies_next = True  # in the step that it has begun; the newcomer's call finds out
-    newcomer = rig.submit(3, seed=1)
-    rig.loop.tick()
-    assert deadly.job is not None and newcomer.job is not None
-    assert deadly.job.deaths == newcomer.job.deaths == 1
+    rig.model.goes_on = True
+    heard = rig.submit(4, seed=1)
+    rig.model.dies_next = True
     rig.run()
-    assert deadly.is_finished and newcomer.is_finished
-    assert not any(rig.model.again[1:]), "whom a worker has died of is asked for by name"
+    assert heard.is_finished and rig.model.at_most == [1] * 4
 
 
 # Leaving ----------------------------------------------------------------------------------------

@@ -52,9 +52,9 @@ class ProbedModel:
         self._note("begin", started, images)
         return images
 
-    def step(self, images: Sequence[Any], *, again: bool = False) -> float | None:
+    def step(self, images: Sequence[Any], *, at_most: int = 1) -> float | None:
         started = time.monotonic()
-        step_s = self._model.step(images, again=again)
+        step_s = self._model.step(images, at_most=at_most)
         self._note("step", started, images)
         return step_s
 

@@ -76,7 +76,7 @@ class DeviceImageModel(ImageModel):
         self._check_size(task)
         return [DeviceImage.of(image) for image in super().begin_task(task)]
 
-    def step(self, images: Sequence[ImageInFlight], *, again: bool = False) -> None:
+    def step(self, images: Sequence[ImageInFlight], *, at_most: int = 1) -> None:
         """Advance images by one row each, in one denoiser call or as many as its rows allow."""
         for group in self._groups(_on_device(images)):
             self._step(group)

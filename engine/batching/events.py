@@ -7,10 +7,13 @@ from engine.requests import RgbImage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """One image has advanced by one step; told again if a worker died and the image began anew."""
+    """One image has advanced, by one step or by some that a model made in a row.
+
+    Told again if a worker died and the image began anew.
+    """
 
     image_index: int
-    step: int  # 1 to num_steps
+    step: int  # how many are done, 1 to num_steps
     num_steps: int  # denoiser calls of this image
     preview: RgbImage | None = None
 

@@ -44,17 +44,18 @@ class Model(Protocol):
         """The images (`InFlight`) of a request, at their first latents."""
         ...
 
-    def step(self, images: Sequence[Any], *, again: bool = False) -> float | None:
-        """Advance images of one shape by one step, in one call.
+    def step(self, images: Sequence[Any], *, at_most: int = 1) -> float | None:
+        """Advance images of one shape by a step, in one call of the denoiser.
 
-        `again`: the next call will be the same, unless `hold` is called; the model may begin with
-        it unasked. Returns the seconds of the denoiser's call where the time until it returns
-        does not tell, because it was begun before.
+        Where it takes long to ask, a model may make several such calls before it answers, all of
+        the same rows: `at_most` so many, and none is begun after `hold`. How many it were, the
+        images tell. Returns the seconds of these calls where they are known better than by the
+        time until it returns.
         """
         ...
 
     def hold(self) -> None:
-        """The next call may be another one than was said; from any thread, at once."""
+        """No other call is to be begun unasked; from any thread, at once."""
         ...
 
     def decode(self, images: Sequence[Any]) -> Sequence[RgbImage | NumericalError]:

@@ -45,6 +45,8 @@ DECODE_STRETCH = 1.25
 # A request leaves before its deadline when not even this part of its remaining time is left.
 CERTAIN = 0.8
 READY_POLL_S = 0.5
+# A model may go on by itself for so long; somebody who comes or leaves ends that.
+MAX_UNASKED_S = 0.1
 
 
 class StepLoop:
@@ -70,10 +72,9 @@ class StepLoop:
         self._slots: list[Slot] = []
         self._done: list[Slot] = []  # steps are done, waiting for the decoder; still in flight
         self._calling: list[Job] = []  # whose call is under way, should the worker die of it
-        self._unasked: list[Job] = []  # the same for a call that it may have begun by itself
         self._is_serving = True
         self._num_submitted = 0
-        self._step_s = 0.0  # the last denoiser call
+        self._step_s = 0.0  # of the last denoiser call
 
     # Other threads ------------------------------------------------------------------------------
 
@@ -247,17 +248,18 @@ class StepLoop:
             self._slots = [slot for slot in self._slots if not slot.image.is_done]
 
     def _step_call(self, call: Sequence[Slot]) -> None:
-        rows = sum(slot.image.rows for slot in call)  # of this step: the next may have others
-        again, started = self._comes_again(call), self.clock()
+        rows = sum(slot.image.rows for slot in call)
+        at_most, started = self._num_alike(call, rows), self.clock()
+        before = call[0].image.steps_done
         images = [slot.image for slot in call]
-        step_s = self._call(jobs_of(call), self._model.step, images, again=again)
-        self._step_s = self.clock() - started if step_s is None else step_s
-        self._unasked = jobs_of(call) if again else []
+        calls_s = self._call(jobs_of(call), self._model.step, images, at_most=at_most)
+        num_calls = call[0].image.steps_done - before
+        self._step_s = (self.clock() - started if calls_s is None else calls_s) / num_calls
         if self.costs.learns:
             self.costs.steps.observe(call[0].job.area, rows, 1e3 * self._step_s)
         for job in jobs_of(call):
-            job.denoiser_calls += 1
-            job.batch_rows += rows
+            job.denoiser_calls += num_calls
+            job.batch_rows += num_calls * rows
         for slot in call:
             slot.job.emit(
                 StepDone(
@@ -268,21 +270,28 @@ class StepLoop:
                 )
             )
 
-    def _comes_again(self, call: Sequence[Slot]) -> bool:
-        """Whether the next call will be the same, as far as is known now.
+    def _num_alike(self, call: Sequence[Slot], rows: int) -> int:
+        """How many calls will be this one again, as far as is known now: from 1 to what takes
+        `MAX_UNASKED_S`, or until a deadline.
 
         Not with images that a worker has died of: who is to blame has to be known.
         """
         with self.lock:
             alone = len(call) == len(self.in_flight) and not len(self._queue)
-        return alone and not any(
-            slot.steps_left == 1 or slot.job.deaths or _shows(slot, slot.image.steps_done + 1)
-            for slot in call
-        )
+        step_ms = self.costs.steps.ms(call[0].job.area, rows)
+        if not alone or not step_ms or any(slot.job.deaths for slot in call):
+            return 1
+        now = self.clock()
+        deadlines = [slot.job.deadline - now for slot in call if slot.job.deadline is not None]
+        in_time = 1e3 * min([MAX_UNASKED_S, *deadlines]) / step_ms
+        return max(1, min(int(in_time), *(_num_alike(slot) for slot in call)))
 
     def _preview(self, slot: Slot) -> RgbImage | None:
-        due = _shows(slot, slot.image.steps_done) and not slot.image.is_done
-        return self._call([slot.job], self._model.preview, slot.image) if due else None
+        """The image as it stands, where it is to be shown after this step."""
+        done, every = slot.image.steps_done, slot.job.plan.request.preview_every
+        if not every or done % every or slot.image.is_done:
+            return None
+        return self._call([slot.job], self._model.preview, slot.image)
 
     def _decode(self) -> None:
         """Decode what was done first: one image, or as many as take hardly longer than one.
@@ -361,12 +370,12 @@ class StepLoop:
         """
         logger.warning("the worker died; %d images begin again: %s", len(self.in_flight), error)
         self._is_serving = False
-        for job in {id(job): job for job in (*self._calling, *self._unasked)}.values():
+        for job in self._calling:
             job.deaths += 1
             if job.deaths > MAX_RESTARTS:
                 job.fail(error)
         with self.lock:
-            lost, self._slots, self._done, self._unasked = self.in_flight, [], [], []
+            lost, self._slots, self._done = self.in_flight, [], []
             queued = list(self._queue)
             for job in queued:
                 self._queue.remove(job)
@@ -379,7 +388,8 @@ class StepLoop:
                     self._queue.push(job)
 
 
-def _shows(slot: Slot, steps_done: int) -> bool:
-    """Whether there is to be a preview after so many steps."""
-    every = slot.job.plan.request.preview_every
-    return bool(every) and steps_done % every == 0
+def _num_alike(slot: Slot) -> int:
+    """How many steps of an image, from the next one, have its rows; to its next preview at most."""
+    done, every = slot.image.steps_done, slot.job.plan.request.preview_every
+    num_alike = slot.job.plan.guided_calls.num_alike(done, slot.image.num_steps)
+    return min(num_alike, every - done % every) if every else num_alike

@@ -195,14 +195,16 @@ class ObservedModel:
         self._observation.began(plan, time.perf_counter() - started)
         return images
 
-    def step(self, images: Sequence[Any], *, again: bool = False) -> float | None:
-        rows = sum(image.rows for image in images)
+    def step(self, images: Sequence[Any], *, at_most: int = 1) -> float | None:
+        rows, steps_done = sum(image.rows for image in images), images[0].steps_done
         started = time.perf_counter()
-        step_s: float | None = self._model.step(images, again=again)
-        waited_s = time.perf_counter() - started
-        metrics = self._observation.metrics
-        metrics.step_seconds.observe(waited_s if step_s is None else step_s)
-        metrics.batch_rows.observe(float(rows))
+        step_s: float | None = self._model.step(images, at_most=at_most)
+        if step_s is None:
+            step_s = time.perf_counter() - started
+        num_calls = images[0].steps_done - steps_done
+        for _ in range(num_calls):
+            self._observation.metrics.step_seconds.observe(step_s / num_calls)
+            self._observation.metrics.batch_rows.observe(float(rows))
         return step_s
 
     def hold(self) -> None:

@@ -45,7 +45,7 @@ class ServerConfig:
     host_threads: int = 2  # for tokenizing and picture coding
     grace_s: float = 30.0  # for requests under way when the server is told to stop
     stall_timeout_s: float = 60.0  # a caller that reads nothing for so long is dropped
-    progress_interval_s: float = 0.04  # at least so long between two steps of an image in a stream
+    progress_interval_s: float = 0.1  # at least so long between two steps of an image in a stream
     reflection: bool = True  # describe the services to whoever asks
 
     def __post_init__(self) -> None:

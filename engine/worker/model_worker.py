@@ -1,13 +1,12 @@
 """The process that owns the graphs: it keeps the images in flight by number and advances them.
 
 Started by `engine/worker/process.py`, which speaks with it over an inherited socket, one question
-and one answer at a time. Where the server expects to ask for the same step again, it goes on with
-that while the server reads the answer, unless the server rings a bell: somebody has come or gone,
-and the next call is another one. What it has computed unasked it has ready when it is asked.
+and one answer at a time. A question for steps may be for several, of which it makes as many as it
+can until the server rings a bell: somebody has come or gone, and the next step is another one.
 
-It ends when the socket does, that is, when the server is gone, however
-that came; signals meant for the server (Ctrl-C, a service manager's SIGTERM to the whole group) are
-not for it, for the server drains before it closes the socket.
+It ends when the socket does, that is, when the server is gone, however that came; signals meant for
+the server (Ctrl-C, a service manager's SIGTERM to the whole group) are not for it, for the server
+drains before it closes the socket.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from engine.backends.opening import open_model
@@ -44,14 +44,11 @@ Load = Callable[[Bundle, str], ImageModel]
 class Worker:
     """The images in flight of this process, and what can be asked about them."""
 
-    def __init__(self, model: ImageModel) -> None:
+    def __init__(self, model: ImageModel, is_rung: Callable[[], bool]) -> None:
+        """`is_rung` tells whether the server has rung since it was asked last."""
         self._model = model
+        self._is_rung = is_rung
         self._images: dict[int, ImageInFlight] = {}
-        self._expected: list[int] = []  # the images of the next step, as far as is known
-        # Images that are one step further than was asked, and what each has cost of the call's
-        # seconds; and those of a call that failed.
-        self._ahead: dict[int, float] = {}
-        self._failed: dict[int, Exception] = {}
         self._actions: dict[str, Callable[[Message], Message]] = {
             "begin": self._begin,
             "step": self._step,
@@ -81,36 +78,14 @@ class Worker:
         return Message({"shape_key": shape_key, "row_cost": self._model.row_cost(images[0])})
 
     def _step(self, request: Message) -> Message:
-        ids: list[int] = request.body["ids"]
-        images = {image_id: self._find(image_id) for image_id in ids}
+        images = [self._find(image_id) for image_id in request.body["ids"]]
         if not images:
             raise WireError("a step of no images")
-        for error in (self._failed[image_id] for image_id in ids if image_id in self._failed):
-            raise error
-        seconds = self._timed_step([images[i] for i in ids if i not in self._ahead])
-        seconds += sum(self._ahead.pop(image_id, 0.0) for image_id in ids)
-        self._expected = ids if request.body["again"] else []
-        return Message({"seconds": seconds})
-
-    def go_ahead(self) -> None:
-        """Begin with the step that is expected next; if it fails, whoever asks for it is told."""
-        ids, self._expected = self._expected, []
-        try:
-            seconds = self._timed_step([self._find(image_id) for image_id in ids])
-        except Exception as error:
-            self._failed |= dict.fromkeys(ids, error)
-        else:
-            self._ahead |= dict.fromkeys(ids, seconds / max(len(ids), 1))
-
-    def wait(self) -> None:
-        """Expect nothing any more: something has changed, and the next call may be any."""
-        self._expected = []
-
-    def _timed_step(self, images: Sequence[ImageInFlight]) -> float:
-        started = time.perf_counter()
-        if images:
+        steps, started = 0, time.perf_counter()
+        while steps == 0 or (steps < request.body["at_most"] and not self._is_rung()):
             self._model.step(images)
-        return time.perf_counter() - started
+            steps += 1
+        return Message({"steps": steps, "seconds": time.perf_counter() - started})
 
     def _decode(self, request: Message) -> Message:
         ids = request.body["ids"]
@@ -140,8 +115,7 @@ class Worker:
 
     def _forget(self, ids: Sequence[int]) -> None:
         for image_id in ids:
-            for kept in (self._images, self._ahead, self._failed):
-                kept.pop(image_id, None)
+            self._images.pop(image_id, None)
 
 
 def serve(
@@ -150,7 +124,7 @@ def serve(
     """Load a bundle, say how that went, then answer until the other side is gone."""
     try:
         opened = Bundle.open(bundle)
-        worker = Worker(load(opened, backend))
+        worker = Worker(load(opened, backend), partial(_is_rung, bell))
     except Exception as error:
         with contextlib.suppress(ConnectionError):  # who started this found out for himself
             send(connection, Message({"error": error_to_body(error)}))
@@ -162,14 +136,11 @@ def serve(
             answer = worker.answer(request)
             # The number shows the other side that this is the answer to what it asked last.
             answer.body["number"] = request.body.get("number")
+            _is_rung(bell)  # until now: with this answer the server decides anew
             send(connection, answer)
-            if _rung(bell):
-                worker.wait()
-            else:
-                worker.go_ahead()
 
 
-def _rung(bell: socket.socket) -> bool:
+def _is_rung(bell: socket.socket) -> bool:
     """Whether the server has rung since the last time that this was asked."""
     try:
         return bool(bell.recv(_MOST_RINGS, socket.MSG_DONTWAIT))

@@ -135,7 +135,7 @@ class WorkerProcess:
         return answer
 
     def hold(self) -> None:
-        """Have it begin with nothing unasked after the call that it is in; from any thread."""
+        """Have it answer after the denoiser's call that it is in; from any thread."""
         with contextlib.suppress(OSError):  # it is told already, or gone
             self._bell.send(RING)
 

@@ -114,14 +114,14 @@ class RemoteModel:
             for image_id, seed in zip(ids, task.seeds, strict=True)
         ]
 
-    def step(self, images: Sequence[RemoteImage], *, again: bool = False) -> float:
+    def step(self, images: Sequence[RemoteImage], *, at_most: int = 1) -> float:
         """As the batcher's word; returns the seconds that the process has computed for it."""
         size = sum(image.rows * image.row_cost for image in images)
         message = _about(images)
-        message.body["again"] = again
+        message.body["at_most"] = at_most
         answer = self._ask("step", message, size=size, epoch=_epoch(images))
         for image in images:
-            image.steps_done += 1
+            image.steps_done += answer.body["steps"]
         return float(answer.body["seconds"])
 
     def hold(self) -> None:
