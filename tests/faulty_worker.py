@@ -3,7 +3,8 @@
 A file COMPONENT.FAULT makes the next call of that graph fail, and is gone then: `kill` (SIGKILL in
 mid-call), `raise` (where the file says `next`, the call after that), `hold` (until the process is
 killed), `nan` (in the row that the file names).
-`load.exit` makes every start fail; what `load.say` holds is printed at the start.
+`load.exit` makes every start fail, `load.hold` the next one hang; what `load.say` holds is printed
+at the start.
 """
 
 import os
@@ -70,6 +71,9 @@ def load(bundle: Bundle, backend: str) -> ImageModel:
         print(say.read_text(), flush=True)
     if (faults / "load.exit").exists():
         sys.exit(EXIT_CODE)
+    if (hold := faults / "load.hold").exists():
+        hold.unlink()
+        threading.Event().wait()
     sessions: dict[str, Session] = {
         name: FaultySession(session, name, faults)
         for name, session in open_sessions(bundle, "CPUExecutionProvider").items()

@@ -224,6 +224,23 @@ def test_a_crash_loop_is_told_in_words_and_ends_when_its_cause_does(
     assert "with exit code 3" in caplog.text
 
 
+def test_a_restart_that_hangs_is_given_up_when_it_takes_far_longer_than_the_last_start(
+    emoji_bundle_path: Path, faults: Path
+) -> None:
+    """And not when the time of a first start is over, which may be minutes."""
+    states, model = States(), faulty_model(emoji_bundle_path, worker_timeout_s=1.0)
+    model.launch()
+    model.start()
+    model.watch(states)
+    pid = model.pid
+    assert pid is not None
+    (faults / "load.hold").touch()
+    os.kill(pid, signal.SIGKILL)
+    states.wait_for(True, False, False, True)
+    assert "it was killed because it did not answer within" in states.told[2][1]
+    model.close()
+
+
 def test_a_bundle_that_changed_is_not_served_by_the_next_process(
     faults: Path, emoji_bundle_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # Told whether the model serves, and if not, why; in order, from a thread of the supervisor.
 OnState = Callable[[bool, str], None]
 _GENEROSITY = 50.0  # times what such work usually takes
+_START_GENEROSITY = 10.0  # times what the last start took
 _END_S = 5.0  # for a process that is told to end
 MAX_NICENESS = 19
 
@@ -29,7 +30,9 @@ class WorkerConfig:
     """How patient the server is with the process of its model."""
 
     worker_timeout_s: float = 120.0  # a call that takes longer hangs, unless such calls always do
-    start_timeout_s: float = 600.0  # until a bundle is verified and loaded
+    # Until a bundle is verified and loaded; a restart gets ten times what the last start took, if
+    # that is less, but never less than `worker_timeout_s`.
+    start_timeout_s: float = 600.0
     restart_delay_s: float = 0.1  # before the first restart; doubled at each that follows
     max_restart_delay_s: float = 10.0  # at most so much
     settled_s: float = 30.0  # after so long in service, a death is a first one again
@@ -82,6 +85,7 @@ class WorkerSupervisor:
         self._first_error: Exception | None = None  # or why not
         self._closing = False
         self._delay_s = config.restart_delay_s
+        self._start_limit_s = config.start_timeout_s
         self._state = (False, "the model is being loaded")
         self._telling = threading.Lock()
         self._on_state: OnState | None = None
@@ -174,7 +178,7 @@ class WorkerSupervisor:
             return answer
 
     def hold(self) -> None:
-        """Tell the process to begin with nothing unasked; if it is gone, it does not."""
+        """Tell the process to answer after the denoiser's call that it is in, if it is in one."""
         if worker := self._worker:
             worker.hold()
 
@@ -207,13 +211,16 @@ class WorkerSupervisor:
                 self._newest = worker
                 if self._closing:
                     raise WorkerDied("the server is shutting down")
-            identity = worker.hello(timeout_s=self._config.start_timeout_s)
+            started = time.monotonic()
+            identity = worker.hello(timeout_s=self._start_limit_s)
             self._check_identity(identity)
+            self._allow_start(_START_GENEROSITY * (time.monotonic() - started))
         except Exception as error:
             if worker:
                 worker.stop()
                 worker.close()
             self._could_not_start(error, worker)
+            self._allow_start(2.0 * self._start_limit_s)  # perhaps it only takes longer now
             return None
         with self._changed:
             self._worker, self._identity = worker, identity
@@ -224,6 +231,11 @@ class WorkerSupervisor:
             self._started = True
             self._changed.notify_all()
         return worker
+
+    def _allow_start(self, limit_s: float) -> None:
+        """How long the next start may take, within what is configured."""
+        most_s = self._config.start_timeout_s
+        self._start_limit_s = min(max(limit_s, self._config.worker_timeout_s), most_s)
 
     def _check_identity(self, identity: str) -> None:
         if self._identity and identity != self._identity:
