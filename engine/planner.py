@@ -11,7 +11,7 @@ from engine.concepts import Concept, check_fits
 from engine.guidance import GuidedCalls
 from engine.images import resize
 from engine.packed import read_packed_concepts
-from engine.prompts import EncoderInput, PromptReader, PromptReport
+from engine.prompts import NOTHING_READ, EncoderInput, PromptReader, PromptReport
 from engine.requests import MAX_SEED, GenerationRequest, Limits, RgbImage, check_request
 from engine.samplers import Trajectory
 
@@ -111,10 +111,7 @@ class Planner:
 
     def plan(self, request: GenerationRequest) -> GenerationPlan:
         """Check a request and do all host work; raises what the caller can mend."""
-        manifest, tables = self.bundle.manifest, self.bundle.sampler_tables
-        width, height, trajectory = check_request(
-            request, manifest=manifest, samplers=tables, limits=self.limits
-        )
+        outline, manifest = self.outline(request), self.bundle.manifest
         for concept in request.concepts:
             check_fits(
                 concept,
@@ -125,24 +122,45 @@ class Planner:
         texts = [_read(reader, request) for reader in self._readers]
         num_chunks = max(text.report.num_chunks for rows in texts for text in rows)
         *negative, prompt = texts[0]
-        return GenerationPlan(
-            request=_fitted(request, width, height),
-            width=width,
-            height=height,
-            trajectory=trajectory,
+        return dataclasses.replace(
+            outline,
+            request=_fitted(request, outline.width, outline.height),
             texts=tuple(
                 tuple(reader.pad(text, num_chunks) for text in rows)
                 for reader, rows in zip(self._readers, texts, strict=True)
             ),
-            weights=(1.0 - request.guidance_scale, request.guidance_scale) if negative else (1.0,),
             prompt_report=prompt.report,
             negative_report=negative[0].report if negative else None,
+        )
+
+    def outline(self, request: GenerationRequest) -> GenerationPlan:
+        """The plan but for its texts: what a request costs is known from it, in microseconds.
+
+        Raises `InvalidRequest` for what is wrong with the numbers of a request.
+        """
+        width, height, trajectory = check_request(
+            request,
+            manifest=self.bundle.manifest,
+            samplers=self.bundle.sampler_tables,
+            limits=self.limits,
+        )
+        scale = request.guidance_scale
+        guided = scale != 1.0
+        return GenerationPlan(
+            request=request,
+            width=width,
+            height=height,
+            trajectory=trajectory,
+            texts=(),
+            weights=(1.0 - scale, scale) if guided else (1.0,),
+            prompt_report=NOTHING_READ,
+            negative_report=None,
             guided=GuidedCalls.between(
                 request.guidance_start, request.guidance_end, len(trajectory.rows)
             ),
-            zero_negative=bool(
-                negative and manifest.zero_empty_negative and not request.negative_prompt
-            ),
+            zero_negative=guided
+            and self.bundle.manifest.zero_empty_negative
+            and not request.negative_prompt,
         )
 
 

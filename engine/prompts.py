@@ -30,6 +30,9 @@ class PromptReport:
     cut: str  # the end of the prompt, as it was written, that had no room; "" when all was used
 
 
+NOTHING_READ = PromptReport(matched=(), num_tokens=0, num_chunks=1, cut="")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderInput:
     """One prompt, ready for the text encoder: one row per chunk."""

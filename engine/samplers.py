@@ -133,7 +133,7 @@ class SamplerTable:
         if start:
             table = self._with_cold_rows(table.copy(), num_inference_steps, start)
         return Trajectory(
-            rows=tuple(_coefficients(row) for row in table),
+            rows=tuple(_coefficients(row) for row in table.tolist()),
             init_sigma=float(self.init_sigma[num_inference_steps - 1]),
         )
 
@@ -148,8 +148,7 @@ class SamplerTable:
         return table
 
 
-def _coefficients(row: Float64[np.ndarray, " columns"]) -> StepCoefficients:
-    values = [float(value) for value in row]
+def _coefficients(values: list[float]) -> StepCoefficients:
     named = dict(zip(COLUMNS, values, strict=False))
     return StepCoefficients(**named, b=tuple(values[NUM_COLUMNS:]))
 

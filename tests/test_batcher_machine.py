@@ -17,7 +17,7 @@ from engine.batching.shared_calls import MAX_PASSED_OVER
 from engine.batching.step_costs import CostTable
 from engine.batching.step_loop import MAX_RESTARTS
 from engine.errors import Cancelled, DeadlineExceeded, NumericalError, QueueFull, WorkerDied
-from tests.batcher_toy import Heard, Milliseconds, Rig, flat, linear
+from tests.batcher_toy import Heard, Milliseconds, Rig, flat, linear, plan
 
 MAX_IN_FLIGHT = 3
 MAX_ROWS = 6
@@ -84,20 +84,22 @@ class BatcherMachine(RuleBasedStateMachine):
         {"nan": model.nan_seeds, "broken": model.broken_seeds, "deadly": model.deadly_seeds}.get(
             kind, set[int]()
         ).add(seed)
-        refused_early = self.is_refused_early(tenant, more["within_ms"])
+        fields = {"num_images": images, "rows": rows, "side": side, "seed": seed, **more}
+        refused_early = self.is_refused_early(steps, tenant=tenant, **fields)
         try:
-            heard = self.rig.submit(
-                steps, num_images=images, rows=rows, side=side, tenant=tenant, seed=seed, **more
-            )
+            heard = self.rig.submit(steps, tenant=tenant, **fields)
         except (QueueFull, DeadlineExceeded):
+            assert refused_early, "what is refused is refused before it is planned"
             return
         assert not refused_early, "what is refused before it is planned is refused in any case"
         self.accepted.append(heard)
 
-    def is_refused_early(self, tenant: str, within_ms: float | None) -> bool:
+    def is_refused_early(self, steps: int, **fields: Any) -> bool:
+        options = {name: fields.pop(name) for name in ("tenant", "priority")}
+        within_ms = fields.pop("within_ms")
         deadline = None if within_ms is None else self.rig.clock() + within_ms / 1e3
         try:
-            self.rig.loop.check_early(num_images=1, deadline=deadline, tenant=tenant)
+            self.rig.loop.check_early(plan(steps, **fields), deadline=deadline, **options)
         except (QueueFull, DeadlineExceeded):
             return True
         return False

@@ -13,6 +13,7 @@ from PIL import Image
 
 import engine.errors
 from engine.batching.batcher import BatcherConfig
+from engine.batching.step_costs import CostTable
 from engine.errors import EngineError
 from engine.planner import Planner
 from engine.serving.status import STATUS, status_of
@@ -131,6 +132,32 @@ async def test_a_full_queue_says_when_to_come_back(
     assert 0 < delay.ToTimedelta().total_seconds() < 60
     served.denoiser.gate.set()
     assert kinds(await first)[-1] == kinds(await second)[-1] == "summary"
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_before_any_work(
+    served: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An initial image counts with the part of the schedule that it runs, and is not read."""
+    size = {"width": 64, "height": 64}
+    area = 64 * 64
+    steps = {(area, count): 1000.0 for count in (1, 2, 4)}  # a second each
+    costs = CostTable.of(steps, {(area, 1): 1.0}, learns=False)
+    monkeypatch.setattr(served.server.batcher._loop, "costs", costs)
+    hopeless: list[dict[str, Any]] = [
+        {"num_inference_steps": 20},
+        {"num_inference_steps": 20, "init_image": b"not read", "strength": 0.5, **size},
+    ]
+    with monkeypatch.context() as patch:
+        patch.delattr(Planner, "plan")
+        for fields in hopeless:
+            error = await served.refusal(prompt="a cat", timeout=6.0, **fields)
+            assert error.code() == StatusCode.DEADLINE_EXCEEDED
+            assert "the deadline cannot be met" in (error.details() or "")
+    possible: list[dict[str, Any]] = [{"strength": 0.1, **size}, {}]  # 2 s; of no size known yet
+    for fields in possible:
+        fields = {"num_inference_steps": 20, "init_image": b"no image", **fields}
+        error = await served.refusal(prompt="a cat", timeout=6.0, **fields)
+        assert error.code() == StatusCode.INVALID_ARGUMENT, "read, and found to be none"
 
 
 async def test_a_deadline_of_a_millisecond_is_exceeded_and_leaves_nothing(served: Harness) -> None:

@@ -98,25 +98,6 @@ def check_images(asked: int, tenant: str, queue: FairQueue, config: BatcherConfi
         )
 
 
-def check_wait(
-    deadline: float | None,
-    queue: FairQueue,
-    in_flight: Sequence[Slot],
-    config: BatcherConfig,
-    costs: CostTable,
-    now: float,
-) -> None:
-    """Raise `DeadlineExceeded` where what is ahead of a deadline leaves no time before it."""
-    if deadline is None:
-        return
-    ahead_s = _ahead_s(deadline, queue, in_flight, config, costs)
-    if ahead_s > deadline - now:
-        raise DeadlineExceeded(
-            f"the deadline cannot be met: {ahead_s:.3f} s of work are predicted ahead of it, "
-            f"{deadline - now:.3f} s are allowed; allow more time, or try again when less waits"
-        )
-
-
 def check_deadline(
     job: Job,
     queue: FairQueue,
@@ -126,12 +107,14 @@ def check_deadline(
 ) -> None:
     """Raise `DeadlineExceeded` where the predicted end is past the deadline.
 
-    The request's own work is what it takes in the calls that it would share. So a device that is
-    idle refuses only what it could not do in any case.
+    The request's own work is what it takes in the calls that it would share, as far as their costs
+    are known. So a device that is idle refuses only what it could not do in any case.
     """
-    if job.deadline is None or not costs.is_known(job.area):
+    if job.deadline is None:
         return
-    own_s = _own_s(job, config, costs, num_others=len(in_flight) + queue.num_images)
+    own_s = 0.0
+    if costs.is_known(job.area):
+        own_s = _own_s(job, config, costs, num_others=len(in_flight) + queue.num_images)
     predicted_s = _ahead_s(job.deadline, queue, in_flight, config, costs) + own_s
     allowed_s = job.deadline - job.submitted
     if predicted_s > allowed_s:

@@ -95,12 +95,14 @@ class Batcher:
             self._wake.notify_all()
         return job
 
-    def check_early(self, *, num_images: int, deadline: float | None, tenant: str) -> None:
-        """Raise `QueueFull` or `DeadlineExceeded` for what `submit` would refuse in any case.
+    def check_early(
+        self, plan: GenerationPlan, *, deadline: float | None, priority: int, tenant: str
+    ) -> None:
+        """Raise what `submit` would raise now for a request of this outline (`Planner.outline`).
 
         For requests that are not planned yet: a refusal then costs next to nothing.
         """
-        self._loop.check_early(num_images=num_images, deadline=deadline, tenant=tenant)
+        self._loop.check_early(plan, deadline=deadline, priority=priority, tenant=tenant)
 
     @property
     def may_reuse(self) -> bool:

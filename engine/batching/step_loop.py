@@ -15,10 +15,8 @@ from typing import ParamSpec, TypeVar
 
 from engine.batching.admission import (
     check_deadline,
-    check_images,
     check_request,
     check_room,
-    check_wait,
 )
 from engine.batching.config import BatcherConfig
 from engine.batching.events import Event, Finished, ImageDone, StepDone
@@ -117,8 +115,7 @@ class StepLoop:
         if self._results is not None and self._results.answer(job):
             return job
         with self.lock:
-            check_room(job, self._queue, self.config, self.costs)
-            check_deadline(job, self._queue, self.in_flight, self.config, self.costs)
+            self._check_queue(job)
             job.queue_position = self._queue.num_images
             self._num_submitted += 1
             job.number = self._num_submitted
@@ -126,19 +123,31 @@ class StepLoop:
         self._model.hold()
         return job
 
+    def check_early(
+        self, plan: GenerationPlan, *, deadline: float | None, priority: int, tenant: str
+    ) -> None:
+        """Raise what `submit` would raise now for a request of this outline (`Planner.outline`)."""
+        job = Job(
+            plan=plan,
+            on_event=lambda _event: None,
+            tenant=tenant,
+            priority=priority,
+            deadline=deadline,
+            clock=self.clock,
+        )
+        job.predict(self.costs)
+        check_request(job)
+        with self.lock:
+            self._check_queue(job)
+
+    def _check_queue(self, job: Job) -> None:
+        check_room(job, self._queue, self.config, self.costs)
+        check_deadline(job, self._queue, self.in_flight, self.config, self.costs)
+
     def set_deadline(self, job: Job, deadline: float | None) -> None:
         """Change the deadline of a request that was submitted."""
         with self.lock:
             self._queue.set_deadline(job, deadline)
-
-    def check_early(self, *, num_images: int, deadline: float | None, tenant: str) -> None:
-        """Raise `QueueFull` or `DeadlineExceeded` for what would be refused however little it is.
-
-        For requests whose cost is not known yet: what is let through here may still be refused.
-        """
-        with self.lock:
-            check_images(num_images, tenant, self._queue, self.config)
-            check_wait(deadline, self._queue, self.in_flight, self.config, self.costs, self.clock())
 
     # The worker ---------------------------------------------------------------------------------
 

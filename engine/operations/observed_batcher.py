@@ -241,9 +241,9 @@ class ObservedBatcher(Batcher):
         super().__init__(ObservedModel(model, observation), config, **options)
         self._observation = observation
 
-    def check_early(self, **options: Any) -> None:
+    def check_early(self, plan: GenerationPlan, **options: Any) -> None:
         try:
-            super().check_early(**options)
+            super().check_early(plan, **options)
         except Exception as error:
             self._observation.count_shed(error)
             raise

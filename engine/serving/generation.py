@@ -5,12 +5,13 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
 
-from engine.batching.batcher import Batcher, Finished, ImageDone, StepDone
+from engine.batching.batcher import Finished, ImageDone, StepDone
 from engine.concepts import MAX_FILE_BYTES
 from engine.image_jobs.job import ImageJob
 from engine.planner import Planner
 from engine.requests import check_priority
 from engine.serving import wire
+from engine.serving.deployment import Served
 from engine.serving.executions import Execution, Executions, Memory, Started, seed_of
 from engine.serving.runtime import Runtime
 from engine.serving.streams import EventStream
@@ -80,7 +81,7 @@ class Generation:
     ) -> AsyncGenerator[Started]:
         # Held to the end: what was planned for a model is drawn by it, whatever is deployed.
         with self._runtime.deployment.lease() as served:
-            _refuse_early(served.batcher, execution, request)
+            _refuse_early(served, execution, request)
             replies = await self._runtime.in_pool(
                 self._prepare, request, execution.key.tenant, served.planner, execution.of_job
             )
@@ -135,13 +136,18 @@ class Generation:
                 return replies.summary(timings)
 
 
-def _refuse_early(batcher: Batcher, execution: Execution, request: GenerateRequest) -> None:
-    """Before any work goes into a request: raise if there is no room or no time for it."""
-    if batcher.may_reuse and request.HasField("seed"):
+def _refuse_early(served: Served, execution: Execution, request: GenerateRequest) -> None:
+    """Before any work goes into a request: raise if there is no room or no time for it.
+
+    Here on the event loop, since it is quicker than to hand it to a thread.
+    """
+    if served.batcher.may_reuse and request.HasField("seed"):
         return  # its images may be there already
-    batcher.check_early(
-        num_images=1,  # the least; whether it may ask for more is for the planner to say
+    multiple = served.planner.bundle.manifest.latents.size_multiple
+    served.batcher.check_early(
+        served.planner.outline(wire.outline_from_proto(request, multiple)),
         deadline=execution.deadline,
+        priority=request.priority,
         tenant=execution.key.tenant,
     )
 

@@ -61,14 +61,10 @@ def request_from_proto(
 
     Ranges are checked later, by `engine.requests.check_request`.
     """
-    fields: dict[str, Any] = {
-        name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)
-    }
+    fields = _numbers(message)
     if default_seed is None:
         default_seed = secrets.randbits(_RANDOM_SEED_BITS)
     fields.setdefault("seed", default_seed)
-    if message.sampler:
-        fields["sampler"] = message.sampler
     if message.init_image:
         fields["init_image"] = decode_image(message.init_image, max_side=limits.max_side)
     elif message.HasField("strength"):
@@ -83,6 +79,31 @@ def request_from_proto(
         preview_every=message.preview_every_steps,
         **fields,
     )
+
+
+def outline_from_proto(
+    message: generation_pb2.GenerateRequest, size_multiple: int
+) -> GenerationRequest:
+    """The numbers of a request, from which its cost follows; no text, concept or image is read.
+
+    Of an initial image that is drawn at its own size the size is not known: the least stands there.
+    """
+    fields = _numbers(message)
+    if message.init_image:
+        fields["init_image"] = np.zeros((1, 1, 3), np.uint8)
+        for side in ("width", "height"):
+            fields.setdefault(side, size_multiple)
+    return GenerationRequest(prompt="", preview_every=message.preview_every_steps, **fields)
+
+
+def _numbers(message: generation_pb2.GenerateRequest) -> dict[str, Any]:
+    """The fields of a request that need no reading, where they are set."""
+    fields: dict[str, Any] = {
+        name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)
+    }
+    if message.sampler:
+        fields["sampler"] = message.sampler
+    return fields
 
 
 def _concepts(
