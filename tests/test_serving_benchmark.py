@@ -344,15 +344,18 @@ def test_line_and_its_error_are_those_of_numpy() -> None:
 
 def test_cancel_counts_the_calls_that_were_under_way_and_those_begun_afterwards() -> None:
     calls = [
-        ("step", 0.0, 1.0, [1]),
-        ("step", 1.0, 2.0, [1]),  # under way at the cancel, at 1.5
-        ("step", 2.0, 3.0, [1, 2]),  # begun before the server had heard of it
+        ("hold", 0.0, 0.0, []),
+        ("step", 0.0, 1.0, [1]),  # under way at the cancel, at 0.9
+        ("step", 1.0, 2.0, [1]),
+        ("hold", 1.5, 1.5, []),  # under way when the server hears
+        ("step", 2.0, 3.0, [1, 2]),
         ("release", 3.0, 3.1, [1]),
         ("step", 3.1, 4.0, [2]),
     ]
-    found = cancel_summary({1: 1.5, 2: 9.0}, calls)
+    found = cancel_summary({1: 0.9, 2: 9.0}, calls)
     assert (found["cancelled"], found["done_before"]) == (1, 1)
-    assert found["slot_free_ms"]["max"] == pytest.approx(1500.0)
+    assert found["heard_ms"]["max"] == pytest.approx(600.0)
+    assert found["slot_free_ms"]["max"] == pytest.approx(2100.0)
     assert found["calls_until_free"]["max"] == 2
     assert found["calls_begun_with_it_afterwards"]["max"] == 1
 

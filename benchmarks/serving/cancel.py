@@ -1,7 +1,8 @@
 """From a caller's cancel to a free slot, in milliseconds and in denoiser calls, through gRPC.
 
 A running request is cancelled at a random moment. The server's probe tells, on the same clock, when
-the batcher let go of the image and which calls of the model it was in. Alone, and beside others.
+the batcher heard of it, when it let go of the image, and which calls of the model that was in.
+Alone, and beside others.
 """
 
 import random
@@ -69,7 +70,7 @@ def _cancel_many(server: RunningServer, count: int, alone_s: float, title: str) 
 
 def summary(moments: dict[int, float], calls: Sequence[ModelCall]) -> dict[str, Any]:
     """What the model was called for after each cancel; `moments` are those of the cancels."""
-    free_ms, free_steps, later = list[float](), list[float](), list[float]()
+    free_ms, heard_ms, free_steps, later = (list[float]() for _ in range(4))
     step_ms = statistics.median(
         1e3 * (end - begin) for what, begin, end, _ in calls if what == "step"
     )
@@ -79,18 +80,22 @@ def summary(moments: dict[int, float], calls: Sequence[ModelCall]) -> dict[str, 
         if not released:
             continue  # it was done before the cancel came
         free_ms.append(1e3 * (released[0] - cancelled))
+        holds = [begin for what, begin, _, _ in calls if what == "hold" and begin >= cancelled]
+        heard = min(holds, default=cancelled)
+        heard_ms.append(1e3 * (heard - cancelled))
         # Calls that ended while it waited, whoever was in them: a slot is given away between calls.
         free_steps.append(
             sum(
-                what == "step" and cancelled < end and begin < released[0]
+                what == "step" and heard < end and begin < released[0]
                 for what, begin, end, _ in calls
             )
         )
-        later.append(sum(what == "step" and begin > cancelled for what, begin, _, _ in mine))
+        later.append(sum(what == "step" and begin > heard for what, begin, _, _ in mine))
     return {
         "cancelled": len(free_ms),
         "done_before": len(moments) - len(free_ms),
         "median_step_ms": step_ms,
+        "heard_ms": spread(heard_ms),
         "slot_free_ms": spread(free_ms),
         "calls_until_free": spread(free_steps),
         "calls_begun_with_it_afterwards": spread(later),

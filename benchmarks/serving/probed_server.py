@@ -4,7 +4,8 @@
 
 All of it is the server of `oneword serve`; between batcher and model stands a probe. Each line on
 stdin is a word, each answer a line of JSON on stdout:
-    calls   the calls of the model since the last time: [what, begin, end, seeds], `time.monotonic`
+    calls   the calls of the model since the last time: [what, begin, end, seeds], `time.monotonic`;
+            each step by itself, and `hold`
     memory  live heap of this process and resident memory of the model's, when no call is under way
 """
 
@@ -53,12 +54,18 @@ class ProbedModel:
         return images
 
     def step(self, images: Sequence[Any], *, at_most: int = 1) -> float | None:
-        started = time.monotonic()
+        started, steps_done = time.monotonic(), images[0].steps_done
         step_s = self._model.step(images, at_most=at_most)
-        self._note("step", started, images)
+        # Of several in a row it is known when they began and ended, and that they are alike.
+        seeds, num_calls = [image.seed for image in images], images[0].steps_done - steps_done
+        call_s = (time.monotonic() - started) / num_calls
+        for begin in (started + number * call_s for number in range(num_calls)):
+            self._calls.append(("step", begin, begin + call_s, seeds))
         return step_s
 
     def hold(self) -> None:
+        """Called as soon as a request has come or was cancelled, on whatever thread."""
+        self._note("hold", time.monotonic(), [])
         self._model.hold()
 
     def decode(self, images: Sequence[Any]) -> Any:
