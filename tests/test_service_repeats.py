@@ -1,6 +1,7 @@
 """The other ways to ask for images: unary, by the batch, and again."""
 
 import asyncio
+import gc
 
 import grpc
 import grpc.aio
@@ -8,6 +9,7 @@ import pytest
 from grpc import StatusCode
 
 from engine.batching.batcher import BatcherConfig
+from engine.planner import GenerationPlan
 from protos.oneword.v1 import generation_pb2 as pb
 from protos.oneword.v1 import server_info_pb2
 from tests import service_harness
@@ -38,6 +40,17 @@ async def test_a_repeated_request_is_carried_out_once(served: Harness) -> None:
     assert again[0].accepted.request_id == first[0].accepted.request_id == "r-1"
     error = await served.refusal(prompt="a dog", request_id="r-1")
     assert error.code() is StatusCode.INVALID_ARGUMENT and field_of(error) == "request_id"
+
+
+async def test_of_what_is_done_only_the_answers_are_kept(served: Harness) -> None:
+    """A plan holds the embeddings of its prompts: half a megabyte at Stable Diffusion's size."""
+    for number in range(3):
+        await served.generate(prompt="a cat", request_id=f"r-{number}")
+    assert await served.is_idle()
+    gc.collect()
+    assert not [kept for kept in gc.get_objects() if isinstance(kept, GenerationPlan)]
+    again = await served.generate(prompt="a cat", request_id="r-0")
+    assert again[0].accepted.repeated
 
 
 async def test_a_hundred_callers_of_one_request_share_one_execution(served: Harness) -> None:

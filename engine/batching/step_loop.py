@@ -163,6 +163,7 @@ class StepLoop:
                 self._decode()
         except WorkerDied as error:
             self._begin_again(error)
+        self._calling = []
 
     def fail_all(self, error: Exception) -> None:
         """End everything; a worker that is dead already has nothing to release."""

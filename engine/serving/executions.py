@@ -138,7 +138,9 @@ class Execution:
         return any(reader.follows_steps for reader in tuple(self.readers))
 
     def end(self, error: Exception | None = None) -> None:
+        """Nothing follows; only what was told is kept, and not the plan that it came from."""
         self.error, self.ended = error, True
+        self.started = self.task = None
         for reader in self.readers:
             reader.wake()
 
