@@ -20,7 +20,7 @@ from benchmarks.serving.mix import (
 )
 from benchmarks.serving.open_loop import Arrival, Outcome, replay, summary
 from benchmarks.serving.run_to_end import RunToEnd, RunToEndLoop
-from benchmarks.serving.spread import fit_line
+from benchmarks.serving.spread import fit_line, reached
 from engine.batching.config import BatcherConfig
 from engine.batching.step_loop import StepLoop
 from engine.errors import InvalidRequest, ShuttingDown
@@ -340,6 +340,16 @@ def test_line_and_its_error_are_those_of_numpy() -> None:
     assert not fit_line(list(x), list(y + 100.0 * x)).is_flat
     with pytest.raises(ValueError, match="three points"):
         fit_line([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
+
+
+def test_what_never_comes_is_later_than_all_that_does() -> None:
+    assert reached([3.0, 1.0, 2.0], 3, 0.99) == 3.0
+    assert reached([3.0, 1.0, 2.0], 100, 0.03) == 3.0
+    assert reached([3.0, 1.0, 2.0], 100, 0.04) is None
+    arrivals = arrivals_of([8] * 10, rate=1000.0, allowed_s=0.05)
+    found = summary([Rig(ONE_BY_ONE).replay(arrivals)])
+    assert found["refused_share"] > 0.1
+    assert found["of_all_ms"]["p99"] is None and found["latency_ms"]["p99"] > 0.0
 
 
 def test_cancel_counts_the_calls_that_were_under_way_and_those_begun_afterwards() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from benchmarks.serving.spread import spread
+from benchmarks.serving.spread import reached, spread
 from engine.batching.events import Event, Failed, Finished
 from engine.errors import DeadlineExceeded, QueueFull
 from engine.planner import GenerationPlan
@@ -134,6 +134,10 @@ def summary(runs: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
         "given_up_share": sum(one.ended == "given up" for one in counted) / len(counted),
         "failed": sum(one.ended == "failed" for one in counted),
         "latency_ms": spread([1e3 * one.latency_s for one in finished]),
+        "of_all_ms": {
+            name: reached([1e3 * one.latency_s for one in finished], len(counted), share)
+            for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+        },
         "slowdown": spread([one.latency_s / one.arrival.alone_s for one in finished]),
         "latest_send_ms": max(1e3 * (one.sent_s - one.arrival.at_s) for one in counted),
     }

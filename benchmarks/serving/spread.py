@@ -23,6 +23,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def reached(values: Sequence[float], total: int, share: float) -> float | None:
+    """What this share of `total` has reached at most; None where fewer of them have a value."""
+    rank = math.ceil(share * total)
+    return sorted(values)[rank - 1] if rank <= len(values) else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """The least-squares line through points."""
