@@ -1,5 +1,6 @@
 """The soak's own judge finds what it is for; and half a minute of it."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,15 @@ def test_a_leak_is_found_and_a_cache_that_fills_is_not() -> None:
     assert found.startswith("heap_bytes grew by 1.40 MiB over the second half")
     assert judge_readings(readings(*leaking[:4])) == [], "too few to tell it from a cache"
     assert judge_readings(readings(50.0, 54.0, 58.0, 64.0)), "but for one that large"
+
+
+def test_what_grpc_loses_with_calls_that_are_given_up_is_not_ours() -> None:
+    for calls, num_found in ((500, 1), (1500, 0)):  # in each round: 0.2 and 0.6 MiB in that half
+        leaking = [
+            dataclasses.replace(reading, given_up=calls * place)
+            for place, reading in enumerate(readings(*(50.0 + 0.2 * n for n in range(16))))
+        ]
+        assert len(judge_readings(leaking)) == num_found
 
 
 def test_a_descriptor_that_stays_open_each_round_is_found() -> None:

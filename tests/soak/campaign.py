@@ -104,7 +104,7 @@ class Campaign:
         async with self.field.caller(self.field.intruder.name) as caller:
             await clear_jobs(self.field, caller)
             await self._until_idle()
-        reading = await self._at_rest()
+        reading = dataclasses.replace(await self._at_rest(), given_up=self.field.ledger.given_up)
         self.readings.append(reading)
         self.look_at_log()
         self.tell(

@@ -20,6 +20,7 @@ class Reading:
     tasks: int  # of asyncio
     worker_pid: int
     worker_resident_bytes: int
+    given_up: int = 0  # calls until then (`Ledger.given_up`)
 
 
 def resident_bytes(pid: int) -> int:

@@ -28,6 +28,7 @@ class Ledger:
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
     violations: list[str] = field(default_factory=list[str])
+    given_up: int = 0  # calls that were reset in the breath that they were made in
     latencies_s: deque[float] = field(default_factory=lambda: deque[float](maxlen=10_000))
     _secrets: dict[bytes, str] = field(default_factory=dict[bytes, str])
     _pictures: dict[bytes, str] = field(default_factory=dict[bytes, str])

@@ -134,6 +134,7 @@ async def rapid_reset(field: Field, chance: random.Random) -> None:
                     )
                     calls.append(frame(http2.RST_STREAM, 0, stream, reset))
                 await wire.send(*calls)
+                field.ledger.given_up += 100
             await wire.read_for(_HOLD_S)
 
 
