@@ -259,7 +259,7 @@ class StepLoop:
 
     def _step_call(self, call: Sequence[Slot]) -> None:
         rows = sum(slot.image.rows for slot in call)
-        at_most, started = self._num_alike(call, rows), self.clock()
+        at_most, started = self._num_calls_alike(call, rows), self.clock()
         before = call[0].image.steps_done
         images = [slot.image for slot in call]
         calls_s = self._call(jobs_of(call), self._model.step, images, at_most=at_most)
@@ -280,7 +280,7 @@ class StepLoop:
                 )
             )
 
-    def _num_alike(self, call: Sequence[Slot], rows: int) -> int:
+    def _num_calls_alike(self, call: Sequence[Slot], rows: int) -> int:
         """How many calls will be this one again, as far as is known now: from 1 to what takes
         `MAX_UNASKED_S`, or until a deadline.
 
@@ -294,7 +294,7 @@ class StepLoop:
         now = self.clock()
         deadlines = [slot.job.deadline - now for slot in call if slot.job.deadline is not None]
         in_time = 1e3 * min([MAX_UNASKED_S, *deadlines]) / step_ms
-        return max(1, min(int(in_time), *(_num_alike(slot) for slot in call)))
+        return max(1, min(int(in_time), *(_num_steps_alike(slot) for slot in call)))
 
     def _preview(self, slot: Slot) -> RgbImage | None:
         """The image as it stands, where it is to be shown after this step."""
@@ -398,7 +398,7 @@ class StepLoop:
                     self._queue.push(job)
 
 
-def _num_alike(slot: Slot) -> int:
+def _num_steps_alike(slot: Slot) -> int:
     """How many steps of an image, from the next one, have its rows; to its next preview at most."""
     done, every = slot.image.steps_done, slot.job.plan.request.preview_every
     num_alike = slot.job.plan.guided_calls.num_alike(done, slot.image.num_steps)
