@@ -227,8 +227,8 @@ def _shed(result: Result) -> list[str]:
         f"{result['in_flight']} images in flight and {result['queue']} waiting (half of them for "
         "the deadline), one refusal after the other. Round trip by the caller's clock; in the "
         "server by its access log, from a call's headers to its status. The rest is the network "
-        "stack and the wait for a core, which the model's threads share. Goal: p99 under "
-        f"{SHED_GOAL_MS:g} ms.",
+        "stack and the wait for a core, which the model's threads share. Goal for the decision, "
+        f"that is, in the server: p99 under {SHED_GOAL_MS:g} ms.",
         "",
         "| | refusals | | p50 ms | p90 ms | p99 ms | most ms | goal |",
         "|---|---|---|---|---|---|---|---|",
@@ -237,9 +237,10 @@ def _shed(result: Result) -> list[str]:
     for key, name in names.items():
         for place, words in (("in_server_ms", "in the server"), ("round_trip_ms", "round trip")):
             one = result[key][place]
+            goal = _met(one["p99"] < SHED_GOAL_MS) if place == "in_server_ms" else ""
             lines.append(
                 f"| {name} | {one['count']} | {words} | {one['median']:.2f} | {one['p90']:.2f} "
-                f"| {one['p99']:.2f} | {one['max']:.2f} | {_met(one['p99'] < SHED_GOAL_MS)} |"
+                f"| {one['p99']:.2f} | {one['max']:.2f} | {goal} |"
             )
     return lines
 
