@@ -127,14 +127,18 @@ class Wire:
         with suppress(OSError):
             linger = struct.pack("ii", 1, 0)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self._writer.transport.abort()
+        self._abort()
 
     async def close(self) -> None:
         self._writer.close()
         with suppress(OSError, TimeoutError, ssl.SSLError):
             async with asyncio.timeout(1.0):
                 await self._writer.wait_closed()
-        self._writer.transport.abort()  # TLS waits half a minute for data that nobody reads
+        self._abort()  # TLS waits half a minute for data that nobody reads
+
+    def _abort(self) -> None:
+        with suppress(AttributeError):  # asyncio's, in Python 3.11.2, where the connection is gone
+            self._writer.transport.abort()
 
 
 @asynccontextmanager
