@@ -367,6 +367,7 @@ def test_cancel_counts_the_calls_that_were_under_way_and_those_begun_afterwards(
     assert found["heard_ms"]["max"] == pytest.approx(600.0)
     assert found["slot_free_ms"]["max"] == pytest.approx(2100.0)
     assert found["calls_until_free"]["max"] == 2
+    assert found["calls_since_cancel"]["max"] == 3
     assert found["calls_begun_with_it_afterwards"]["max"] == 1
 
 

@@ -313,9 +313,10 @@ def test_a_model_goes_on_for_a_bounded_time() -> None:
     rig.run()
     assert rig.model.at_most == [3, 3, 2], "3 of 30 ms are within 100"
     rig = Rig(step_ms=lambda area, count: 30.0)
-    rig.submit(2, seed=1, within_ms=75.0)
+    rig.submit(3, seed=1, within_ms=110.0)
+    rig.clock.pass_ms(30.0)
     rig.loop.tick()
-    assert rig.model.at_most == [2], "the deadline comes sooner"
+    assert rig.model.at_most == [2], "of three steps: the deadline comes sooner"
 
 
 def test_a_model_does_not_go_on_without_knowing_how_long_calls_take() -> None:

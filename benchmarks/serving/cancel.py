@@ -70,7 +70,7 @@ def _cancel_many(server: RunningServer, count: int, alone_s: float, title: str) 
 
 def summary(moments: dict[int, float], calls: Sequence[ModelCall]) -> dict[str, Any]:
     """What the model was called for after each cancel; `moments` are those of the cancels."""
-    free_ms, heard_ms, free_steps, later = (list[float]() for _ in range(4))
+    free_ms, heard_ms, free_steps, all_steps, later = (list[float]() for _ in range(5))
     step_ms = statistics.median(
         1e3 * (end - begin) for what, begin, end, _ in calls if what == "step"
     )
@@ -81,15 +81,16 @@ def summary(moments: dict[int, float], calls: Sequence[ModelCall]) -> dict[str, 
             continue  # it was done before the cancel came
         free_ms.append(1e3 * (released[0] - cancelled))
         holds = [begin for what, begin, _, _ in calls if what == "hold" and begin >= cancelled]
-        heard = min(holds, default=cancelled)
+        heard = min(holds, default=cancelled)  # or sooner: beside others it may be one of theirs
         heard_ms.append(1e3 * (heard - cancelled))
         # Calls that ended while it waited, whoever was in them: a slot is given away between calls.
-        free_steps.append(
-            sum(
-                what == "step" and heard < end and begin < released[0]
-                for what, begin, end, _ in calls
+        for since, found in ((heard, free_steps), (cancelled, all_steps)):
+            found.append(
+                sum(
+                    what == "step" and since < end and begin < released[0]
+                    for what, begin, end, _ in calls
+                )
             )
-        )
         later.append(sum(what == "step" and begin > heard for what, begin, _, _ in mine))
     return {
         "cancelled": len(free_ms),
@@ -98,5 +99,6 @@ def summary(moments: dict[int, float], calls: Sequence[ModelCall]) -> dict[str, 
         "heard_ms": spread(heard_ms),
         "slot_free_ms": spread(free_ms),
         "calls_until_free": spread(free_steps),
+        "calls_since_cancel": spread(all_steps),
         "calls_begun_with_it_afterwards": spread(later),
     }

@@ -199,22 +199,25 @@ def _cancel(result: Result) -> list[str]:
         f"Requests of {result['steps']} steps, cancelled through gRPC at a random moment while "
         "they run. Time from the caller's cancel until the batcher has heard of it, and until it "
         "has let go of the image; denoiser calls, whoever's, that were under way when it heard or "
-        "begun after that; and calls with the cancelled image that were begun after that. Goal: at "
-        "most one step from there: what travels is not heard yet.",
+        "begun after that, and those since the caller's cancel; and calls with the cancelled image "
+        "that were begun after it heard. Goal: at most one step from there: what travels is not "
+        "heard yet.",
         "",
         "| | requests | heard, ms, p50 | p99 | free, ms, p50 | p99 | most | a step, ms "
-        "| calls, p50 | calls, most | begun with it, most | goal |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| calls, p50 | calls, most | since the cancel, p50 | most | begun with it, most | goal |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = {"alone": "alone", "beside_others": f"beside {CANCEL_OTHERS} others"}
     for key, name in names.items():
         one = result[key]
         heard, free, calls = one["heard_ms"], one["slot_free_ms"], one["calls_until_free"]
+        since = one["calls_since_cancel"]
         lines.append(
             f"| {name} | {one['cancelled']} | {heard['median']:.1f} | {heard['p99']:.1f} "
             f"| {free['median']:.1f} | {free['p99']:.1f} "
             f"| {free['max']:.1f} | {one['median_step_ms']:.1f} | {calls['median']:.0f} "
-            f"| {calls['max']:.0f} | {one['calls_begun_with_it_afterwards']['max']:.0f} "
+            f"| {calls['max']:.0f} | {since['median']:.0f} | {since['max']:.0f} "
+            f"| {one['calls_begun_with_it_afterwards']['max']:.0f} "
             f"| {_met(calls['max'] <= 1)} |"
         )
     return lines
