@@ -61,13 +61,17 @@ class PostgresServer:
         self._control("stop", "-w", "-m", "immediate")
 
     def run(self, *command: str) -> None:
+        # With `user=`, subprocess forks, and a fork in a process that has gRPC's threads may abort
+        # in gRPC's own handlers; without it the child never runs them (vfork).
+        as_user = (
+            ["setpriv", f"--reuid={self.user}", f"--regid={_group(self.user)}", "--clear-groups"]
+            if self.user
+            else []
+        )
         subprocess.run(
-            [str(self.binaries / command[0]), *command[1:]],
+            [*as_user, str(self.binaries / command[0]), *command[1:]],
             check=True,
             cwd=self.folder,
-            user=self.user,
-            group=pwd.getpwnam(self.user).pw_gid if self.user else None,
-            extra_groups=[] if self.user else None,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
@@ -113,3 +117,7 @@ def _user() -> str | None:
         return None
     known = {entry.pw_name for entry in pwd.getpwall()}
     return next(user for user in _OTHER_USERS if user in known)
+
+
+def _group(user: str) -> int:
+    return pwd.getpwnam(user).pw_gid
