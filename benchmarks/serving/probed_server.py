@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.live_heap import live_heap_bytes
-from engine.batching.model import Model
+from engine.batching.model import Model, Span
 from engine.config_file import build, read_config_file
 from engine.operations.memory import children_resident_bytes, resident_bytes
 from engine.planner import GenerationPlan
@@ -53,20 +53,18 @@ class ProbedModel:
         self._note("begin", started, images)
         return images
 
-    def step(self, images: Sequence[Any], *, at_most: int = 1) -> float | None:
-        started, steps_done = time.monotonic(), images[0].steps_done
-        step_s = self._model.step(images, at_most=at_most)
-        # Of several in a row it is known when they began and ended, and that they are alike.
-        seeds, num_calls = [image.seed for image in images], images[0].steps_done - steps_done
-        call_s = (time.monotonic() - started) / num_calls
-        for begin in (started + number * call_s for number in range(num_calls)):
-            self._calls.append(("step", begin, begin + call_s, seeds))
-        return step_s
+    def step(self, images: Sequence[Any], *, at_most: int = 1) -> Sequence[Span] | None:
+        started, seeds = time.monotonic(), [image.seed for image in images]
+        spans = self._model.step(images, at_most=at_most)
+        for begin, end in spans or [(started, time.monotonic())]:
+            self._calls.append(("step", begin, end, seeds))
+        return spans
 
     def hold(self) -> None:
         """Called as soon as a request has come or was cancelled, on whatever thread."""
-        self._note("hold", time.monotonic(), [])
+        started = time.monotonic()
         self._model.hold()
+        self._note("hold", started, [])
 
     def decode(self, images: Sequence[Any]) -> Any:
         started = time.monotonic()

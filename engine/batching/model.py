@@ -7,6 +7,9 @@ from engine.errors import NumericalError
 from engine.planner import GenerationPlan
 from engine.requests import RgbImage
 
+# When a call began and ended, on `time.monotonic`: one clock for all processes of a machine.
+Span = tuple[float, float]
+
 
 @runtime_checkable
 class InFlight(Protocol):
@@ -44,13 +47,13 @@ class Model(Protocol):
         """The images (`InFlight`) of a request, at their first latents."""
         ...
 
-    def step(self, images: Sequence[Any], *, at_most: int = 1) -> float | None:
+    def step(self, images: Sequence[Any], *, at_most: int = 1) -> Sequence[Span] | None:
         """Advance images of one shape by a step, in one call of the denoiser.
 
         Where it takes long to ask, a model may make several such calls before it answers, all of
         the same rows: `at_most` so many, and none is begun after `hold`. How many it were, the
-        images tell. Returns the seconds of these calls where they are known better than by the
-        time until it returns.
+        images tell. Returns when each of them began and ended where that is known better than by
+        when it was asked and has answered.
         """
         ...
 

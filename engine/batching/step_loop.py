@@ -262,9 +262,10 @@ class StepLoop:
         at_most, started = self._num_calls_alike(call, rows), self.clock()
         before = call[0].image.steps_done
         images = [slot.image for slot in call]
-        calls_s = self._call(jobs_of(call), self._model.step, images, at_most=at_most)
+        spans = self._call(jobs_of(call), self._model.step, images, at_most=at_most)
         num_calls = call[0].image.steps_done - before
-        self._step_s = (self.clock() - started if calls_s is None else calls_s) / num_calls
+        spans = spans or [(started, self.clock())]
+        self._step_s = sum(end - begin for begin, end in spans) / num_calls
         if self.costs.learns:
             self.costs.steps.observe(call[0].job.area, rows, 1e3 * self._step_s)
         for job in jobs_of(call):

@@ -21,6 +21,7 @@ from engine.batching.batcher import (
     Job,
     StepDone,
 )
+from engine.batching.model import Span
 from engine.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -195,17 +196,13 @@ class ObservedModel:
         self._observation.began(plan, time.perf_counter() - started)
         return images
 
-    def step(self, images: Sequence[Any], *, at_most: int = 1) -> float | None:
-        rows, steps_done = sum(image.rows for image in images), images[0].steps_done
-        started = time.perf_counter()
-        step_s: float | None = self._model.step(images, at_most=at_most)
-        if step_s is None:
-            step_s = time.perf_counter() - started
-        num_calls = images[0].steps_done - steps_done
-        for _ in range(num_calls):
-            self._observation.metrics.step_seconds.observe(step_s / num_calls)
+    def step(self, images: Sequence[Any], *, at_most: int = 1) -> Sequence[Span] | None:
+        rows, started = sum(image.rows for image in images), time.monotonic()
+        spans: Sequence[Span] | None = self._model.step(images, at_most=at_most)
+        for begin, end in spans or [(started, time.monotonic())]:
+            self._observation.metrics.step_seconds.observe(end - begin)
             self._observation.metrics.batch_rows.observe(float(rows))
-        return step_s
+        return spans
 
     def hold(self) -> None:
         self._model.hold()

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from engine.backends.opening import open_model
+from engine.batching.model import Span
 from engine.bundle import Bundle
 from engine.errors import InvalidRequest, NumericalError, ProviderUnavailable
 from engine.pipeline import ImageInFlight, ImageModel
@@ -81,11 +82,12 @@ class Worker:
         images = [self._find(image_id) for image_id in request.body["ids"]]
         if not images:
             raise WireError("a step of no images")
-        steps, started = 0, time.perf_counter()
-        while steps == 0 or (steps < request.body["at_most"] and not self._is_rung()):
+        calls = list[Span]()
+        while not calls or (len(calls) < request.body["at_most"] and not self._is_rung()):
+            started = time.monotonic()
             self._model.step(images)
-            steps += 1
-        return Message({"steps": steps, "seconds": time.perf_counter() - started})
+            calls.append((started, time.monotonic()))
+        return Message({"calls": calls})
 
     def _decode(self, request: Message) -> Message:
         ids = request.body["ids"]

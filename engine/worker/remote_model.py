@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.batching.model import Span
 from engine.bundle import Bundle
 from engine.errors import BundleError, NumericalError, WorkerDied
 from engine.guidance import GuidedCalls
@@ -114,15 +115,16 @@ class RemoteModel:
             for image_id, seed in zip(ids, task.seeds, strict=True)
         ]
 
-    def step(self, images: Sequence[RemoteImage], *, at_most: int = 1) -> float:
-        """As the batcher's word; returns the seconds that the process has computed for it."""
+    def step(self, images: Sequence[RemoteImage], *, at_most: int = 1) -> list[Span]:
+        """As the batcher's word; returns when each call in the process began and ended."""
         size = sum(image.rows * image.row_cost for image in images)
         message = _about(images)
         message.body["at_most"] = at_most
         answer = self._ask("step", message, size=size, epoch=_epoch(images))
+        calls = [(float(begin), float(end)) for begin, end in answer.body["calls"]]
         for image in images:
-            image.steps_done += answer.body["steps"]
-        return float(answer.body["seconds"])
+            image.steps_done += len(calls)
+        return calls
 
     def hold(self) -> None:
         self._supervisor.hold()
