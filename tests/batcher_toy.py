@@ -233,11 +233,12 @@ def table_of(
     decode_ms: Milliseconds = linear,
     *,
     counts: Sequence[int] = (1, 2, 4, 8, 16),
+    areas: Sequence[int] = (AREA,),
 ) -> CostTable:
     """What measuring a toy model on a quiet machine would find."""
     return CostTable.of(
-        {(AREA, count): step_ms(AREA, count) for count in counts},
-        {(AREA, count): decode_ms(AREA, count) for count in counts},
+        {(area, count): step_ms(area, count) for area in areas for count in counts},
+        {(area, count): decode_ms(area, count) for area in areas for count in counts},
         learns=False,
     )
 

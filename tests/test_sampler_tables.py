@@ -16,7 +16,14 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from engine.errors import InvalidRequest
-from engine.samplers import SamplerTable, StepCoefficients, predict_clean, read_sampler_tables, step
+from engine.samplers import (
+    KEPT_TRAJECTORIES,
+    SamplerTable,
+    StepCoefficients,
+    predict_clean,
+    read_sampler_tables,
+    step,
+)
 from trainer import sampler_tables
 from trainer.sampler_fit import (
     GATE_TOLERANCE,
@@ -167,6 +174,19 @@ def image_to_image_runs(
     latents = rows[0].k0 * image + rows[0].k1 * noise
     exact = run_table(rows, latents.double(), seed, noise_dtype=torch.float32)
     return run_table(rows, latents, seed), expected, exact
+
+
+def test_trajectories_are_kept_for_requests_alike_and_not_without_end() -> None:
+    table, _ = made("dpmpp_2m", "epsilon")
+    first = table.trajectory(20)
+    assert table.trajectory(20) is first
+    # So many of 20 steps are run, whatever the strength is called.
+    assert table.trajectory(20, strength=0.51) is table.trajectory(20, strength=0.54)
+    assert table.trajectory(20, strength=0.5).rows != first.rows
+    for steps in range(1, KEPT_TRAJECTORIES + 1):
+        table.trajectory(steps)
+    again = table.trajectory(20)
+    assert again is not first and again == first
 
 
 def test_there_are_twenty_samplers_and_karras_variants_where_diffusers_has_them() -> None:

@@ -46,6 +46,19 @@ def test_on_a_flat_device_all_step_together() -> None:
     assert [len(call) for call in rig.model.calls] == [8] * 5
 
 
+@pytest.mark.parametrize(("gain", "is_shared"), [(0.12, True), (0.02, False)])
+def test_sharing_that_gains_a_little_is_for_those_who_come_later(
+    gain: float, is_shared: bool
+) -> None:
+    """Nobody waits behind these two, and the first has its image later for it: but the device is
+    free sooner. Where next to nothing is gained, the first goes first."""
+    rig = Rig(step_ms=lambda area, rows: linear(area, rows) * (1.0 - gain * (rows > 1)))
+    for seed in range(2):
+        rig.submit(10, seed=seed, rows=1)
+    rig.run()
+    assert rig.model.calls == ([[0, 1]] * 10 if is_shared else [[0]] * 10 + [[1]] * 10)
+
+
 def test_without_a_table_sharing_is_tried_and_learned() -> None:
     """From calls that it makes alone it learns that this device gains nothing by sharing."""
     rig = Rig(step_ms=linear, costs=CostTable(), max_images_in_flight=2)

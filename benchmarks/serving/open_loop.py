@@ -4,6 +4,7 @@ Latency counts from the moment at which a request was due, not from when it coul
 that keeps callers from sending does not look fast for it (no coordinated omission).
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ class Arrival:
 
     plan: GenerationPlan
     at_s: float  # from the start
-    allowed_s: float  # from then to its deadline
+    allowed_s: float  # from then to its deadline; infinite where it has none
     alone_s: float = 1.0  # what it takes with nobody else there
 
 
@@ -97,7 +98,8 @@ def replay(
                 end(outcome, "given up" if late else "failed")
 
         try:
-            submit(arrival.plan, listen, deadline=start + arrival.at_s + arrival.allowed_s)
+            due = start + arrival.at_s + arrival.allowed_s
+            submit(arrival.plan, listen, deadline=due if math.isfinite(due) else None)
         except (QueueFull, DeadlineExceeded):
             end(outcome, "refused")
     (wait_for_ends or _acquire)(ends, len(outcomes))
