@@ -10,9 +10,8 @@ knows the name of a sampler, the prediction type or guidance: they are numbers b
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from engine.errors import BundleError, InvalidRequest
 COLUMNS = ("timestep", "s", "p", "q", "a", "c", "k0", "k1", "e", "f")
 NUM_COLUMNS = len(COLUMNS)
 MAX_INFERENCE_STEPS = 100
-KEPT_TRAJECTORIES = 16  # of a sampler, those asked for last: a megabyte if all have 100 steps
+KEPT_TRAJECTORIES = 16  # of a sampler: a megabyte if all have 100 steps
 FORMAT = "oneword-samplers/1"
 
 # float32 in service; float64 when a table is checked against its scheduler.
@@ -102,10 +101,9 @@ class SamplerTable:
     init_sigma: Float64[np.ndarray, " steps"]
     cold_rows: Float64[np.ndarray, "cold columns"]
     cold_index: Int64[np.ndarray, "cold 3"]  # sorted by (n, start, row)
-    _kept: Callable[[int, int], Trajectory] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_kept", lru_cache(KEPT_TRAJECTORIES)(self._read))
+    _kept: dict[tuple[int, int], Trajectory] = field(
+        default_factory=dict[tuple[int, int], Trajectory], init=False, repr=False
+    )
 
     def trajectory(self, num_inference_steps: int, strength: float = 1.0) -> Trajectory:
         """The rows of `num_inference_steps` steps, of which image-to-image runs the last part.
@@ -132,7 +130,14 @@ class SamplerTable:
                 f"strength must be greater than 0 and at most 1, got {strength}", field="strength"
             )
         steps_to_run = max(min(int(num_inference_steps * strength), num_inference_steps), 1)
-        return self._kept(num_inference_steps, (num_inference_steps - steps_to_run) * self.order)
+        key = (num_inference_steps, (num_inference_steps - steps_to_run) * self.order)
+        # From any thread: each of these is done in one piece.
+        trajectory = self._kept.get(key)
+        if trajectory is None:
+            if len(self._kept) >= KEPT_TRAJECTORIES:
+                self._kept.clear()
+            trajectory = self._kept[key] = self._read(*key)
+        return trajectory
 
     def _read(self, num_inference_steps: int, start: int) -> Trajectory:
         first = int(self.offsets[num_inference_steps - 1])

@@ -455,9 +455,9 @@ def test_cancel_counts_the_calls_that_were_under_way_and_those_begun_afterwards(
 def test_figure_shows_each_system() -> None:
     point = {"latency_ms": {"count": 1, "median": 100.0, "p99": 900.0}, "goodput_per_s": 2.0}
     loads = {load: {OURS: point, STATIC: point, ONE_BY_ONE: point} for load in ("0.5", "1", "1.2")}
-    one = np.asarray(draw_load_figure(loads))
+    one = np.asarray(draw_load_figure(loads, loads))
     loads["1"] = {**loads["1"], STATIC: {**point, "goodput_per_s": 1.0}}
-    other = np.asarray(draw_load_figure(loads))
+    other = np.asarray(draw_load_figure(loads, loads))
     # Only the panel of the goodput has changed.
     changed = np.flatnonzero((one != other).any(axis=(0, 2)))
     assert len(changed) and changed.min() > 850

@@ -2,10 +2,11 @@
 
 python -m benchmarks.serving [--parts NAMES] [--again] [--requests N] [--load-seconds S]
 
-Six parts, about 25 minutes together on two cores with nothing else to do:
+Seven parts, about 80 minutes together on two cores with nothing else to do; latency takes 55:
   overhead  one image through the server, beside the pipeline in process
-  load      Poisson arrivals at 50 to 120 % of capacity: step-level batching, static batching with
-            its best window, one at a time
+  latency   Poisson arrivals at 50 to 120 % of capacity: step-level batching, static batching with
+            its best window, one at a time; callers wait for ever
+  load      the same with deadlines: how many images come in time
   cancel    from a caller's cancel to a free slot
   shed      how soon a loaded server refuses
   publish   from the import of a concept to its first use, with two servers on one store
@@ -37,12 +38,14 @@ from trainer.tradeoff_figure import figure_png
 
 PARTS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "overhead": overhead.measure,
-    "load": load.measure,
+    "latency": load.measure_latency,
+    "load": load.measure_goodput,
     "cancel": cancel.measure,
     "shed": shed.measure,
     "publish": publish.measure,
     "heap": heap.measure,
 }
+LOAD_PARTS = ("latency", "load")
 
 
 def main() -> int:
@@ -71,8 +74,9 @@ def main() -> int:
 def write_page(output: Path, results: Results) -> str:
     """The page and the figure beside the results."""
     figure = output.with_name(f"{output.stem}-load.png")
-    if "load" in results:
-        write_atomically(figure, figure_png(draw_load_figure(results["load"]["result"]["loads"])))
+    measured = {part: results[part]["result"]["loads"] for part in LOAD_PARTS if part in results}
+    if len(measured) == len(LOAD_PARTS):
+        write_atomically(figure, figure_png(draw_load_figure(**measured)))
     text = page(results, figure.name)
     write_atomically(output.with_suffix(".md"), text.encode())
     return text
@@ -88,6 +92,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     given = {
         "bundle": bundle,
         "heap_requests": arguments.requests,
+        "latency_s": arguments.latency_seconds,
         "load_s": arguments.load_seconds,
     }
     return dataclasses.replace(settings, **{k: v for k, v in given.items() if v is not None})
@@ -116,9 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--again", action="store_true", help="measure also what was measured")
     parser.add_argument("--requests", type=int, help="of the heap (10000)")
-    parser.add_argument(
-        "--load-seconds", type=float, help="for all points of the load together (800)"
-    )
+    for part, seconds in (("latency", Settings().latency_s), ("load", Settings().load_s)):
+        parser.add_argument(
+            f"--{part}-seconds", type=float, help=f"for all its points together ({seconds:g})"
+        )
     parser.add_argument("--bundle", type=Path, help="folder (default: built from models/emoji)")
     parser.add_argument("--output", type=Path, help="JSON file (docs/benchmarks/serving.json)")
     parser.add_argument("--quick", action="store_true", help="see whether everything runs")

@@ -9,16 +9,17 @@ from benchmarks.panels import Curve, Panel, draw_panels
 
 Point = dict[str, Any]  # of one system under one load (benchmarks/serving/open_loop.py)
 Value = Callable[[Point], float]
-PANELS: dict[str, Value] = {
-    "median latency, ms": lambda point: point["latency_ms"].get("median", 0.0),
-    "p99 latency, ms": lambda point: point["latency_ms"].get("p99", 0.0),
-    "images in time, 1/s": lambda point: point["goodput_per_s"],
-}
+Loads = dict[str, dict[str, Point]]  # by share of the capacity and system
 
 
-def draw_load_figure(loads: dict[str, dict[str, Point]]) -> Image.Image:
-    """Three panels beside each other; the loads are shares of the capacity."""
-    shares = [100.0 * float(load) for load in loads]
+def draw_load_figure(latency: Loads, load: Loads) -> Image.Image:
+    """Three panels beside each other: patient callers in two, callers with deadlines in one."""
+    panels: list[tuple[str, Loads, Value]] = [
+        ("median latency, ms", latency, lambda point: point["latency_ms"].get("median", 0.0)),
+        ("p99 latency, ms", latency, lambda point: point["latency_ms"].get("p99", 0.0)),
+        ("images in time, 1/s", load, lambda point: point["goodput_per_s"]),
+    ]
+    shares = [100.0 * float(share) for share in load]
     return draw_panels(
         [
             Panel(
@@ -30,6 +31,6 @@ def draw_load_figure(loads: dict[str, dict[str, Point]]) -> Image.Image:
                     for system in next(iter(loads.values()))
                 },
             )
-            for title, value in PANELS.items()
+            for title, loads, value in panels
         ]
     )

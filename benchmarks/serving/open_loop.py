@@ -117,7 +117,7 @@ def summary(runs: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
     Rates are of what ended between the end of the warm-up and the last arrival, over that time.
     """
     span_s, images, good = 0.0, 0, 0
-    counted = list[Outcome]()
+    counted, p99_ms_of_runs = list[Outcome](), list[float | None]()
     for outcomes in runs:
         first = outcomes[int(WARM_UP_SHARE * len(outcomes))].arrival.at_s
         last = outcomes[-1].arrival.at_s
@@ -125,7 +125,9 @@ def summary(runs: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
         within = [one for one in outcomes if first <= one.end_s <= last]
         images += sum(one.ended == "finished" for one in within)
         good += sum(one.is_good for one in within)
-        counted += [one for one in outcomes if one.arrival.at_s >= first]
+        later = [one for one in outcomes if one.arrival.at_s >= first]
+        p99_ms_of_runs.append(_latency_ms(later).get("p99"))
+        counted += later
     finished = [one for one in counted if one.ended == "finished"]
     return {
         "requests": len(counted),
@@ -135,11 +137,17 @@ def summary(runs: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
         "refused_share": sum(one.ended == "refused" for one in counted) / len(counted),
         "given_up_share": sum(one.ended == "given up" for one in counted) / len(counted),
         "failed": sum(one.ended == "failed" for one in counted),
-        "latency_ms": spread([1e3 * one.latency_s for one in finished]),
+        "latency_ms": _latency_ms(counted),
         "of_all_ms": {
             name: reached([1e3 * one.latency_s for one in finished], len(counted), share)
             for name, share in (("p90", 0.9), ("p99", 0.99))
         },
+        "p99_ms_of_runs": p99_ms_of_runs,
         "slowdown": spread([one.latency_s / one.arrival.alone_s for one in finished]),
         "latest_send_ms": max(1e3 * (one.sent_s - one.arrival.at_s) for one in counted),
     }
+
+
+def _latency_ms(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Of those that have their image."""
+    return spread([1e3 * one.latency_s for one in outcomes if one.ended == "finished"])

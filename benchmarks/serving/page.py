@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.serving.cancel import OTHERS as CANCEL_OTHERS
-from benchmarks.serving.load import OURS, SYSTEMS
+from benchmarks.serving.load_bench import OURS, SYSTEMS
 from benchmarks.serving.mix import (
     DEADLINE_S,
     DEADLINE_STRETCH,
@@ -28,7 +28,8 @@ def page(results: Results, figure: str) -> str:
     """`figure` is the path of the image, relative to the page."""
     sections: dict[str, Callable[[Result], list[str]]] = {
         "overhead": _overhead,
-        "load": lambda result: _load(result, figure),
+        "latency": lambda result: _latency(result, figure),
+        "load": _load,
         "cancel": _cancel,
         "shed": _shed,
         "publish": _publish,
@@ -88,41 +89,88 @@ def _overhead(result: Result) -> list[str]:
     return lines
 
 
-def _load(result: Result, figure: str) -> list[str]:
-    count = result["requests_of_a_run"] * result["repeats"]
+def _latency(result: Result, figure: str) -> list[str]:
     costs = result["step_ms_by_rows"]
     return [
-        "## Batching at the step, in static batches, one at a time",
+        "## Batching at the step, in static batches, one at a time: latency",
         "",
         "Requests at random (Poisson) times, open loop: they come whatever is still under way, "
-        f"and latency counts from when one was due. {count} requests a point in "
-        f"{result['repeats']} runs, the systems in turns and then in reverse; the first "
-        f"{WARM_UP_SHARE:.0%} of a run are not counted. Load 1 is "
-        f"{result['capacity_per_s']:.2f} images/s, what the mix makes one at a time in a closed "
-        f"loop ({result['capacity_afterwards_per_s']:.2f} when measured again afterwards).",
+        f"and latency counts from when one was due. {_points(result)} The callers wait for ever: "
+        "all of them have their image from all systems, so that nobody is the quicker for what it "
+        "has refused.",
         "",
         f"The mix: {_shares(STEPS)} steps; guidance {_shares(GUIDANCE_SCALES)}; "
         f"{_shares(SIDES)} pixels square; {', '.join(SAMPLERS)} alike; {len(PROMPTS)} prompts, "
-        "four of them with a concept each. A request has "
-        f"{DEADLINE_S:g} s and {DEADLINE_STRETCH:g} times its own time to its deadline, "
-        f"{result['mean_deadline_s']:.1f} s on average. Goodput counts the images that came before "
-        "it.",
-        "",
-        "All three are driven in this process over the same pipeline, without gRPC, with the same "
-        "requests, times, deadlines and limits; all refuse at once what cannot meet its deadline "
-        "and drop what has missed it, which servers with static batches seldom do. Static batches "
+        "four of them with a concept each. All three systems are driven in this process over the "
+        "same pipeline, without gRPC, with the same requests, times and limits. Static batches "
         f"take requests of equal size and steps and wait {result['window_ms']:g} ms for others, "
         f"the best of {', '.join(result['windows'])} ms at load 0.8. A denoiser call of 1, 2, 4, 8 "
         f"and 16 rows takes {', '.join(f'{ms:.1f}' for ms in costs.values())} ms here: nearly "
         "linear, so batches save little, whoever makes them; where calls cost the same however "
         "full they are, as on a GPU, all of this is different and is not measured here: by a "
         "clock that stands still between calls, step-level batching is then ahead of both in the "
-        "median, p99 and images in time at every load (`tests/test_serving_benchmark.py`). "
-        "p90 and p99 of all: what so many of all requests have their image after; one that is "
-        "refused or given up never has it. "
-        "Slowdown: latency in the request's own time, that with nobody else there.",
+        "median, p99 and images in time at every load (`tests/test_serving_benchmark.py`).",
         "",
         f"![latency and goodput against load]({figure})",
+        "",
+        "| load | system | images/s | p50 ms | p90 ms | p99 ms | p99 of the runs "
+        "| slowdown p50 | p99 |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(
+            _latency_row(load, name, points[name])
+            for load, points in result["loads"].items()
+            for name in SYSTEMS
+        ),
+        "",
+        *_behind(
+            result,
+            {
+                "images per second": lambda point: point["images_per_s"],
+                "p50": lambda point: -point["latency_ms"]["median"],
+                "p90": lambda point: -point["latency_ms"]["p90"],
+                "p99": lambda point: -point["latency_ms"]["p99"],
+                "slowdown p50": lambda point: -point["slowdown"]["median"],
+                "slowdown p99": lambda point: -point["slowdown"]["p99"],
+            },
+        ),
+        "- Slowdown is latency in the request's own time, that with nobody else there. Up to the "
+        "capacity all make what comes, and images per second differ by what is still under way at "
+        "the last arrival. p99 is that of few images, the longest: see by its runs how far to "
+        "trust it. Beyond the capacity the queue grows for as long as the load lasts.",
+    ]
+
+
+def _latency_row(load: str, name: str, point: Result) -> str:
+    latency, slowdown = point["latency_ms"], point["slowdown"]
+    runs = ", ".join(f"{p99:.0f}" for p99 in point["p99_ms_of_runs"])
+    return (
+        f"| {load} | {name} | {point['images_per_s']:.2f} | {latency['median']:.0f} "
+        f"| {latency['p90']:.0f} | {latency['p99']:.0f} | {runs} "
+        f"| {slowdown['median']:.1f} | {slowdown['p99']:.1f} |"
+    )
+
+
+def _points(result: Result) -> str:
+    count = result["requests_of_a_run"] * result["repeats"]
+    return (
+        f"{count} requests a point in {result['repeats']} runs, the systems in turns and then in "
+        f"reverse; the first {WARM_UP_SHARE:.0%} of a run are not counted. Load 1 is "
+        f"{result['capacity_per_s']:.2f} images/s, what the mix makes one at a time in a closed "
+        f"loop ({result['capacity_afterwards_per_s']:.2f} when measured again afterwards)."
+    )
+
+
+def _load(result: Result) -> list[str]:
+    return [
+        "## The same with deadlines: images in time",
+        "",
+        f"The mix of above, and callers that wait for {DEADLINE_S:g} s and {DEADLINE_STRETCH:g} "
+        f"times the request's own time, {result['mean_deadline_s']:.1f} s on average. Goodput "
+        f"counts the images that came before that. {_points(result)} All refuse at once what "
+        "cannot meet its deadline and drop what has missed it, which servers with static batches "
+        f"seldom do; these wait {result['window_ms']:g} ms for others, their best. p90 and p99 of "
+        "all: what so many of all requests have their image after; one that is refused or given "
+        "up never has it.",
         "",
         "| load | system | images/s | goodput/s | in time | refused | given up | p50 ms | p99 ms "
         "| p90 of all | p99 of all | slowdown p50 | p99 | images |",
@@ -156,40 +204,43 @@ def _or_never(ms: float | None) -> float:
     return math.inf if ms is None else ms
 
 
-def _claims(result: Result) -> list[str]:
-    """Where step-level batching is behind the others, by however little."""
-    measures: dict[str, Callable[[Result], float]] = {
-        "goodput": lambda point: point["goodput_per_s"],
-        "p50": lambda point: -point["latency_ms"].get("median", 0.0),
-        "p99": lambda point: -point["latency_ms"].get("p99", 0.0),
-        "p90 of all": lambda point: -_or_never(point["of_all_ms"]["p90"]),
-        "p99 of all": lambda point: -_or_never(point["of_all_ms"]["p99"]),
-        "slowdown p50": lambda point: -point["slowdown"].get("median", 0.0),
-        "slowdown p99": lambda point: -point["slowdown"].get("p99", 0.0),
-    }
-    loads = result["loads"]
+def _behind(result: Result, measures: dict[str, Callable[[Result], float]]) -> list[str]:
+    """Where step-level batching is behind the others, by however little; of a measure more is
+    better."""
     lines = list[str]()
     for title, measure in measures.items():
         behind = [
             f"{name} at {load}"
-            for load, points in loads.items()
+            for load, points in result["loads"].items()
             for name in SYSTEMS
             if name != OURS and measure(points[name]) > measure(points[OURS])
         ]
         lines.append(f"- {title}: {OURS} is behind {', '.join(behind) or 'neither, at any load'}.")
-    at_capacity, beyond = (loads[load][OURS]["goodput_per_s"] for load in ("1", "1.2"))
-    lines.append(f"- Goodput of {OURS}: {at_capacity:.2f}/s at load 1, {beyond:.2f}/s at load 1.2.")
-    lines.append(
-        f"- The p99 of {OURS} is that of the longest images: where the work ahead endangers "
-        "deadlines, the earliest goes first, and the longest images have the latest (here five "
-        "times their own time). Serving them sooner costs others theirs."
-    )
-    lines.append(
-        "- Differences of a few percent are within the noise of so many requests; p50, p99 and "
-        "slowdown are of finished images, so who refuses more of them has an easier task: read "
-        "them with those of all."
-    )
     return lines
+
+
+def _claims(result: Result) -> list[str]:
+    at_capacity, beyond = (result["loads"][load][OURS]["goodput_per_s"] for load in ("1", "1.2"))
+    return [
+        *_behind(
+            result,
+            {
+                "goodput": lambda point: point["goodput_per_s"],
+                "p50": lambda point: -point["latency_ms"].get("median", 0.0),
+                "p99": lambda point: -point["latency_ms"].get("p99", 0.0),
+                "p90 of all": lambda point: -_or_never(point["of_all_ms"]["p90"]),
+                "p99 of all": lambda point: -_or_never(point["of_all_ms"]["p99"]),
+                "slowdown p50": lambda point: -point["slowdown"].get("median", 0.0),
+                "slowdown p99": lambda point: -point["slowdown"].get("p99", 0.0),
+            },
+        ),
+        f"- Goodput of {OURS}: {at_capacity:.2f}/s at load 1, {beyond:.2f}/s at load 1.2.",
+        "- p50, p99 and slowdown are of finished images: who refuses what would have come late has "
+        "the shorter ones left. Read them with those of all, and with the latency of callers who "
+        "wait for ever. Where the work ahead endangers deadlines, the earliest goes first, and the "
+        f"longest images have the latest (here {DEADLINE_STRETCH:g} times their own time): they "
+        "wait for the others then. Differences of a few percent are noise.",
+    ]
 
 
 def _cancel(result: Result) -> list[str]:
