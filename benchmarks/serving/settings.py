@@ -19,7 +19,7 @@ class Settings:
     capacity_requests: int = 60
     max_latency_requests: int = 1200  # of a point
     max_load_requests: int = 400
-    cancels: int = 60  # of each kind
+    cancels: int = 150  # of each kind
     shed_probes: int = 600  # of each kind
     publications: int = 30  # of each kind
     heap_requests: int = 10_000
