@@ -14,8 +14,9 @@ other, the i-th waits for i calls and everybody behind for all n. So
 Behind are not only those that wait. Who comes while all this lasts finds it done the sooner, so
 some that have not come yet are counted as well. Without them each call is the best one for the
 present queue, and the next queue is longer: on two cores, where a call of 16 rows takes 11 times as
-long as one, the median at capacity was 1.7 times as long and p99 5 % longer than with them, and at
-a fifth of the capacity neither differed (`tests/test_serving_benchmark.py` has the mix).
+long as one, the median at capacity was 1.6 times as long as with them and p99 1.1 times. At half of
+the capacity it was four fifths as long, and p99 still longer; at a fifth neither differed (the mix
+of `tests/test_serving_benchmark.py`, 4800 requests).
 """
 
 import math
