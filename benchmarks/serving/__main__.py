@@ -2,7 +2,7 @@
 
 python -m benchmarks.serving [--parts NAMES] [--again] [--requests N] [--load-seconds S]
 
-Seven parts, about 80 minutes together on two cores with nothing else to do; latency takes 55:
+Seven parts, about 70 minutes together on two cores with nothing else to do; latency takes 45:
   overhead  one image through the server, beside the pipeline in process
   latency   Poisson arrivals at 50 to 120 % of capacity: step-level batching, static batching with
             its best window, one at a time; callers wait for ever

@@ -1,4 +1,4 @@
-"""How much is measured: the whole page in about 80 minutes on two cores, or a trial in seconds."""
+"""How much is measured: the whole page in about 70 minutes on two cores, or a trial in seconds."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ class Settings:
     overhead_rounds: int = 60
     overhead_steps: int = 20
     # Of all points together; from it follows how many requests a point has.
-    latency_s: float = 3300.0  # p99 is that of few images, and differs much between few requests
+    latency_s: float = 2700.0  # p99 is that of few images, and differs much between few requests
     load_s: float = 800.0
     capacity_requests: int = 60
     max_latency_requests: int = 1200  # of a point
