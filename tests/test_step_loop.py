@@ -8,7 +8,7 @@ from engine.batching.config import BatcherConfig
 from engine.batching.events import StepDone
 from engine.batching.shared_calls import MAX_PASSED_OVER
 from engine.batching.step_costs import CostTable
-from engine.batching.step_loop import DECODE_STRETCH, MAX_RESTARTS
+from engine.batching.step_loop import DECODE_STRETCH, MAX_RESTARTS, RATE_OVER
 from engine.errors import (
     Cancelled,
     ConfigError,
@@ -46,17 +46,24 @@ def test_on_a_flat_device_all_step_together() -> None:
     assert [len(call) for call in rig.model.calls] == [8] * 5
 
 
-@pytest.mark.parametrize(("gain", "is_shared"), [(0.12, True), (0.02, False)])
+@pytest.mark.parametrize(
+    ("gain", "pause_ms", "is_shared"), [(0.12, 1.0, True), (0.02, 1.0, False), (0.12, 1e4, False)]
+)
 def test_sharing_that_gains_a_little_is_for_those_who_come_later(
-    gain: float, is_shared: bool
+    gain: float, pause_ms: float, is_shared: bool
 ) -> None:
     """Nobody waits behind these two, and the first has its image later for it: but the device is
-    free sooner. Where next to nothing is gained, the first goes first."""
+    free sooner for whoever comes. Where nobody is expected, or next to nothing is gained, the first
+    goes first."""
     rig = Rig(step_ms=lambda area, rows: linear(area, rows) * (1.0 - gain * (rows > 1)))
-    for seed in range(2):
+    for seed in range(RATE_OVER):
+        rig.submit(1, seed=seed, rows=1)
+        rig.run()
+        rig.clock.pass_ms(pause_ms)
+    for seed in (100, 101):
         rig.submit(10, seed=seed, rows=1)
-    rig.run()
-    assert rig.model.calls == ([[0, 1]] * 10 if is_shared else [[0]] * 10 + [[1]] * 10)
+    rig.loop.tick()
+    assert rig.model.calls[-1] == ([100, 101] if is_shared else [100])
 
 
 def test_without_a_table_sharing_is_tried_and_learned() -> None:

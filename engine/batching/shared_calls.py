@@ -11,12 +11,10 @@ other, the i-th waits for i calls and everybody behind for all n. So
 - in between, more join the longer the queue is, because each millisecond saved is saved for
   everybody behind: latency while there is room, throughput when there is none.
 
-Behind are not only those that wait. Who comes while all this lasts finds it done the sooner, so
-some that have not come yet are counted as well. Without them each call is the best one for the
-present queue, and the next queue is longer: on two cores, where a call of 16 rows takes 11 times as
-long as one, the median at capacity was 1.6 times as long as with them and p99 1.1 times. At half of
-the capacity it was four fifths as long, and p99 still longer; at a fifth neither differed (the mix
-of `tests/test_serving_benchmark.py`, 4800 requests).
+Behind are not only those that wait: who comes while these last finds them done the sooner, and is
+counted as well, by the rate at which images came of late. Without that each call is the best one
+for the present queue, and the next queue is longer (`test_step_loop.py`,
+`test_serving_benchmark.py`).
 """
 
 import math
@@ -29,10 +27,7 @@ from engine.batching.step_costs import CostTable
 
 # An image is due when it has waited for this many times what it still needs: a short one overtakes
 # a long one, and the long one is overtaken for a bounded time only.
-STRETCH = 4.0
-# Images that are counted as waiting though they have not come yet. From 5 to 30 of them the waiting
-# is the same within a few percent, at any load.
-TO_COME = 8
+STRETCH = 2.0
 MAX_PASSED_OVER = 32  # calls without a step; after that, no later than all others passed over so
 
 
@@ -59,7 +54,7 @@ def how_many_join(alone: Sequence[float], together: Sequence[float], num_behind:
     """The best number of images for a call, at least 1.
 
     `alone[i]` is the time of image i by itself, `together[n - 1]` that of the first n in one call;
-    `num_behind` images wait behind all of these. Equal sums go to the larger call.
+    `num_behind` images wait behind all of these, or will. Equal sums go to the larger call.
     """
     one_by_one = list(accumulate(alone))
     num_waiting = len(alone) + num_behind
@@ -79,7 +74,7 @@ def choose_call(
     *,
     max_rows: int,
     row_cost: Callable[[Slot], float],
-    num_queued: int,
+    num_behind: int,
 ) -> list[Slot]:
     """The first of `order`, and those of its shape that join it, at most `max_rows` rows.
 
@@ -100,7 +95,7 @@ def choose_call(
     rows = accumulate(slot.image.rows for slot in fitting)
     together = [costs.steps.ms(area, count) or 0.0 for count in rows]
     alone = [costs.steps.ms(area, slot.image.rows) or 0.0 for slot in fitting]
-    behind = len(order) - len(fitting) + num_queued + TO_COME
+    behind = len(order) - len(fitting) + num_behind
     return fitting[: how_many_join(alone, together, behind)]
 
 

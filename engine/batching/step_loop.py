@@ -43,6 +43,7 @@ DECODE_STRETCH = 1.25
 # A request leaves before its deadline when not even this part of its remaining time is left.
 CERTAIN = 0.8
 READY_POLL_S = 0.5
+RATE_OVER = 32  # images: how many come in a second is known from so many
 # A model may go on by itself for so long; somebody who comes or leaves ends that.
 MAX_UNASKED_S = 0.1
 
@@ -72,6 +73,7 @@ class StepLoop:
         self._calling: list[Job] = []  # whose call is under way, should the worker die of it
         self._is_serving = True
         self._num_submitted = 0
+        self._arrivals = deque([clock()], maxlen=RATE_OVER + 1)  # of the last images
         self._step_s = 0.0  # of the last denoiser call
 
     # Other threads ------------------------------------------------------------------------------
@@ -120,6 +122,7 @@ class StepLoop:
             self._num_submitted += 1
             job.number = self._num_submitted
             self._queue.push(job)
+            self._arrivals.extend([self.clock()] * len(job.waiting))
         self._model.hold()
         return job
 
@@ -214,8 +217,7 @@ class StepLoop:
         with self.lock:
             if not len(self._queue) or len(self.in_flight) >= self.config.max_images_in_flight:
                 return None
-            in_flight_us = sum(slot.remaining_us(self.costs) for slot in self.in_flight)
-            return self._queue.choose(self.clock(), in_flight_us + self._queue.cost_us)
+            return self._queue.choose(self.clock(), self._left_us() + self._queue.cost_us)
 
     def _begin(self, job: Job) -> bool:
         if job.begun is None:
@@ -246,7 +248,7 @@ class StepLoop:
             self.costs,
             max_rows=self.config.max_batch_rows,
             row_cost=lambda slot: self._model.row_cost(slot.image),
-            num_queued=self._queue.num_images,
+            num_behind=self._queue.num_images + self._num_to_come(),
         )
         for slot in order:
             slot.passed_over += 1
@@ -256,6 +258,17 @@ class StepLoop:
         with self.lock:
             self._done = [*self._done, *(slot for slot in self._slots if slot.image.is_done)]
             self._slots = [slot for slot in self._slots if not slot.image.is_done]
+
+    def _num_to_come(self) -> int:
+        """How many images will come while these last, at the rate at which the last ones came."""
+        now = self.clock()
+        with self.lock:
+            left_s = (self._left_us() + self._queue.cost_us) / 1e6
+            count, first = len(self._arrivals) - 1, self._arrivals[0]
+        return round(left_s * count / (now - first)) if now > first else 0
+
+    def _left_us(self) -> int:
+        return sum(slot.remaining_us(self.costs) for slot in self.in_flight)
 
     def _step_call(self, call: Sequence[Slot]) -> None:
         rows = sum(slot.image.rows for slot in call)
