@@ -27,7 +27,7 @@ from engine.batching.step_costs import CostTable
 
 # An image is due when it has waited for this many times what it still needs: a short one overtakes
 # a long one, and the long one is overtaken for a bounded time only.
-STRETCH = 2.0
+STRETCH = 4.0
 MAX_PASSED_OVER = 32  # calls without a step; after that, no later than all others passed over so
 
 
