@@ -281,8 +281,9 @@ def by_rows(area: int, rows: int) -> float:
 
 
 def two_cores(area: int, rows: int) -> float:
-    """What calls of the embedded model took on two cores of an Intel Xeon, and twelfths more for
-    the larger images (docs/benchmarks/serving.md)."""
+    """What calls of the embedded model took on two cores of an Intel Xeon (the page's figures of
+    2026-11-24); for larger images, whose calls are not on the page, a little more than their area.
+    """
     per_call = np.interp(rows, (1, 2, 4, 8, 16), (7.9, 13.9, 25.4, 44.7, 87.2))
     return float(per_call) * (area / AREA) ** 1.2
 

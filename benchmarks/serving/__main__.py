@@ -1,6 +1,7 @@
 """What the server costs and promises under load: overhead, batching, cancels, refusals, memory.
 
-python -m benchmarks.serving [--parts NAMES] [--again] [--requests N] [--load-seconds S]
+python -m benchmarks.serving [--parts NAMES] [--again] [--requests N] [--latency-seconds S]
+                             [--load-seconds S]
 
 Seven parts, about 70 minutes together on two cores with nothing else to do; latency takes 45:
   overhead  one image through the server, beside the pipeline in process
@@ -20,6 +21,7 @@ minutes and writes nowhere unless `--output` says where: its figures mean nothin
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 import traceback
@@ -123,12 +125,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, help="of the heap (10000)")
     for part, seconds in (("latency", Settings().latency_s), ("load", Settings().load_s)):
         parser.add_argument(
-            f"--{part}-seconds", type=float, help=f"for all its points together ({seconds:g})"
+            f"--{part}-seconds", type=_seconds, help=f"for all its points together ({seconds:g})"
         )
     parser.add_argument("--bundle", type=Path, help="folder (default: built from models/emoji)")
     parser.add_argument("--output", type=Path, help="JSON file (docs/benchmarks/serving.json)")
     parser.add_argument("--quick", action="store_true", help="see whether everything runs")
     return parser
+
+
+def _seconds(value: str) -> float:
+    seconds = float(value)
+    if not 0.0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{value} is no time to measure in; it takes seconds, as 60"
+        )
+    return seconds
 
 
 def _parts(value: str) -> list[str]:
