@@ -136,9 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 def _seconds(value: str) -> float:
     seconds = float(value)
     if not 0.0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(
-            f"{value} is no time to measure in; it takes seconds, as 60"
-        )
+        raise argparse.ArgumentTypeError(f"{value} is no time to measure in: give seconds, as 60")
     return seconds
 
 
