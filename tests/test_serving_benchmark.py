@@ -1,8 +1,11 @@
 """The schedulers that the benchmark compares: all carry out the same requests, and honestly."""
 
+import dataclasses
+import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.serving.cancel import summary as cancel_summary
+from benchmarks.serving.kept_runs import KeptRuns
 from benchmarks.serving.load_figure import draw_load_figure
 from benchmarks.serving.mix import (
     STEPS,
@@ -22,7 +26,8 @@ from benchmarks.serving.mix import (
 )
 from benchmarks.serving.open_loop import Arrival, Outcome, replay, summary
 from benchmarks.serving.run_to_end import RunToEnd, RunToEndLoop
-from benchmarks.serving.spread import fit_line, reached
+from benchmarks.serving.settings import Settings
+from benchmarks.serving.spread import fit_line, percentile_ratio, reached
 from engine.batching.config import BatcherConfig
 from engine.batching.step_loop import StepLoop
 from engine.errors import InvalidRequest, ShuttingDown
@@ -422,6 +427,50 @@ def test_line_and_its_error_are_those_of_numpy() -> None:
     assert not fit_line(list(x), list(y + 100.0 * x)).is_flat
     with pytest.raises(ValueError, match="three points"):
         fit_line([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])
+
+
+def test_ratio_of_percentiles_has_the_interval_of_its_resamples() -> None:
+    random = np.random.default_rng(0)
+    theirs = [list(random.exponential(1000.0, 400)) for _ in range(6)]
+    ours = [[0.8 * one for one in run] for run in theirs]
+    # The same requests are drawn for both: a system that takes 0.8 of each one's time has no error.
+    same = percentile_ratio(ours, theirs, 99.0)
+    np.testing.assert_allclose([same.ratio, same.low, same.high], 0.8, rtol=1e-12)
+    # Independent ones, exponential: the error of ln p99 is sqrt(99 / n) / ln(100) = 0.044 each for
+    # n = 2400, of their ratio 0.062; the interval is 4 of those wide, give or take a third.
+    other = [list(random.exponential(1000.0, 400)) for _ in range(6)]
+    found = percentile_ratio(other, theirs, 99.0)
+    assert found.low < found.ratio < found.high
+    assert found.low < 1.0 < found.high
+    assert 0.16 < np.log(found.high / found.low) < 0.33
+    # One percentile of all is not the mean of those of the runs.
+    expected = np.percentile(np.concatenate(other), 99) / np.percentile(np.concatenate(theirs), 99)
+    assert found.ratio == pytest.approx(expected)
+
+
+def test_a_benchmark_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    settings = Settings.trial(tmp_path)
+    KeptRuns("load", settings, folder=tmp_path).get("a", lambda: [1.5, "finished"])
+    (file,) = tmp_path.glob("load-*.jsonl")
+    with file.open("a") as torn:
+        torn.write('["b", [2.')  # killed while it wrote
+    kept = KeptRuns("load", settings, folder=tmp_path)
+    assert kept.get("a", lambda: pytest.fail("measured twice")) == [1.5, "finished"]
+    assert kept.get("b", lambda: (3, 4)) == [3, 4]
+    assert KeptRuns("load", settings, folder=tmp_path).get("b", lambda: None) == [3, 4]
+    # Other settings, and another part, are other measurements.
+    other = dataclasses.replace(settings, load_s=16.0)
+    assert KeptRuns("load", other, folder=tmp_path).get("a", lambda: 7) == 7
+    assert KeptRuns("latency", settings, folder=tmp_path).get("a", lambda: 8) == 8
+    kept.discard()
+    assert KeptRuns("load", settings, folder=tmp_path).get("a", lambda: 9) == 9
+
+
+def test_an_outcome_is_the_same_after_it_was_kept() -> None:
+    outcomes = Rig(OURS).replay(arrivals_of([3, 8, 1], rate=100.0))
+    kept = json.loads(json.dumps([one.times for one in outcomes]))
+    again = [Outcome.of(one.arrival, times) for one, times in zip(outcomes, kept, strict=True)]
+    assert again == outcomes
 
 
 def test_what_never_comes_is_later_than_all_that_does() -> None:

@@ -3,7 +3,7 @@
 python -m benchmarks.serving [--parts NAMES] [--again] [--requests N] [--latency-seconds S]
                              [--load-seconds S]
 
-Seven parts, about 70 minutes together on two cores with nothing else to do; latency takes 45:
+Seven parts, two hours together on two cores with nothing else to do; latency takes 95 minutes:
   overhead  one image through the server, beside the pipeline in process
   latency   Poisson arrivals at 50 to 120 % of capacity: step-level batching, static batching with
             its best window, one at a time; callers wait for ever
@@ -15,7 +15,8 @@ Seven parts, about 70 minutes together on two cores with nothing else to do; lat
 
 Each result is kept in docs/benchmarks/serving.json as soon as it is there, and beside it the page
 and the figure, which say how to read them. What was measured with this code on this machine is not
-measured again, so that a benchmark that was stopped goes on. `--quick` tries all of it in a few
+measured again, and each run of latency and load is kept in build/serving as soon as it is over, so
+that a benchmark that was stopped goes on. `--quick` tries all of it in a few
 minutes and writes nowhere unless `--output` says where: its figures mean nothing.
 """
 

@@ -6,6 +6,7 @@ The load is a share of the capacity: what the mix makes one at a time in a close
 import copy
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tqdm import tqdm
@@ -62,11 +63,9 @@ class Bench:
             self._draw(plan)
         return len(plans) / (time.perf_counter() - started)
 
-    def run(
-        self, system: str, rate: float, count: int, *, seed: int, window_s: float
-    ) -> list[Outcome]:
-        """One system under one load; the window is that of static batching."""
-        arrivals = [
+    def arrivals(self, rate: float, count: int, *, seed: int) -> list[Arrival]:
+        """The requests of the mix at random times, so many a second."""
+        return [
             Arrival(
                 plan=plan,
                 at_s=at_s,
@@ -77,6 +76,11 @@ class Bench:
                 self.plans(count, seed=seed), arrival_times(count, rate, seed=seed), strict=True
             )
         ]
+
+    def run(
+        self, system: str, arrivals: Sequence[Arrival], *, window_s: float = 0.0
+    ) -> list[Outcome]:
+        """What becomes of them in one of the systems; the window is that of static batching."""
         scheduler = self._start(system, window_s)
         try:
             outcomes = replay(scheduler.submit, arrivals)

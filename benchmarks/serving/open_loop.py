@@ -52,6 +52,17 @@ class Outcome:
     ended: str = ""  # "finished", "refused" at once, "given up" later, or "failed"
     num_ends: int = 0  # must be 1
 
+    @classmethod
+    def of(cls, arrival: Arrival, times: Sequence[Any]) -> "Outcome":
+        """From its `times`."""
+        sent_s, end_s, ended = times
+        return cls(arrival=arrival, sent_s=sent_s, end_s=end_s, ended=ended, num_ends=1)
+
+    @property
+    def times(self) -> tuple[float, float, str]:
+        """What JSON can hold of it, once it has ended."""
+        return self.sent_s, self.end_s, self.ended
+
     @property
     def latency_s(self) -> float:
         return self.end_s - self.arrival.at_s
@@ -111,43 +122,47 @@ def _acquire(ends: threading.Semaphore, count: int) -> None:
         ends.acquire()
 
 
+def counted(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    """Those of a run after its warm-up."""
+    return outcomes[int(WARM_UP_SHARE * len(outcomes)) :]
+
+
 def summary(runs: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
     """Rates and latencies of the requests after the warm-up, of all runs of a point together.
 
     Rates are of what ended between the end of the warm-up and the last arrival, over that time.
     """
     span_s, images, good = 0.0, 0, 0
-    counted, p99_ms_of_runs = list[Outcome](), list[float | None]()
+    seen, p99_ms_of_runs = list[Outcome](), list[float | None]()
     for outcomes in runs:
-        first = outcomes[int(WARM_UP_SHARE * len(outcomes))].arrival.at_s
-        last = outcomes[-1].arrival.at_s
+        later = counted(outcomes)
+        first, last = later[0].arrival.at_s, later[-1].arrival.at_s
         span_s += last - first
         within = [one for one in outcomes if first <= one.end_s <= last]
         images += sum(one.ended == "finished" for one in within)
         good += sum(one.is_good for one in within)
-        later = [one for one in outcomes if one.arrival.at_s >= first]
-        p99_ms_of_runs.append(_latency_ms(later).get("p99"))
-        counted += later
-    finished = [one for one in counted if one.ended == "finished"]
+        p99_ms_of_runs.append(spread(latencies_ms(later)).get("p99"))
+        seen += later
+    finished = [one for one in seen if one.ended == "finished"]
     return {
-        "requests": len(counted),
+        "requests": len(seen),
         "images_per_s": images / span_s,
         "goodput_per_s": good / span_s,
-        "in_time_share": sum(one.is_good for one in counted) / len(counted),
-        "refused_share": sum(one.ended == "refused" for one in counted) / len(counted),
-        "given_up_share": sum(one.ended == "given up" for one in counted) / len(counted),
-        "failed": sum(one.ended == "failed" for one in counted),
-        "latency_ms": _latency_ms(counted),
+        "in_time_share": sum(one.is_good for one in seen) / len(seen),
+        "refused_share": sum(one.ended == "refused" for one in seen) / len(seen),
+        "given_up_share": sum(one.ended == "given up" for one in seen) / len(seen),
+        "failed": sum(one.ended == "failed" for one in seen),
+        "latency_ms": spread(latencies_ms(seen)),
         "of_all_ms": {
-            name: reached([1e3 * one.latency_s for one in finished], len(counted), share)
+            name: reached([1e3 * one.latency_s for one in finished], len(seen), share)
             for name, share in (("p90", 0.9), ("p99", 0.99))
         },
         "p99_ms_of_runs": p99_ms_of_runs,
         "slowdown": spread([one.latency_s / one.arrival.alone_s for one in finished]),
-        "latest_send_ms": max(1e3 * (one.sent_s - one.arrival.at_s) for one in counted),
+        "latest_send_ms": max(1e3 * (one.sent_s - one.arrival.at_s) for one in seen),
     }
 
 
-def _latency_ms(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def latencies_ms(outcomes: Sequence[Outcome]) -> list[float]:
     """Of those that have their image."""
-    return spread([1e3 * one.latency_s for one in outcomes if one.ended == "finished"])
+    return [1e3 * one.latency_s for one in outcomes if one.ended == "finished"]
